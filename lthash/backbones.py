@@ -91,7 +91,7 @@ class Backbone:
     std: tuple[float, ...] = (.229, .224, .225)
 
 _tv = torchvision.models
-BACKBONES: dict[str, Backbone] = {
+BACKBONES = {
     'alexnet':       Backbone(lambda size: _tv.alexnet(), 'classifier.6', 4096, 224, 64, weights='AlexNet_Weights.IMAGENET1K_V1'),
     'resnet50':      Backbone(lambda size: _tv.resnet50(), 'fc', 2048, 224, weights='ResNet50_Weights.IMAGENET1K_V1'),
     'vit_b_16':      Backbone(lambda size: _tv.vit_b_16(image_size=size), 'heads', 768, 224, multiple=16, weights='ViT_B_16_Weights.IMAGENET1K_V1'),

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['CODEBOOKS', 'METHODS', 'PRESETS', 'bernoulli_codebook', 'gaussian_codebook', 'max_distance_codebook',
            'hadamard_codebook', 'HashLoss', 'signs', 'OrthoHash', 'OrthoHashArc', 'CSQ', 'DPN', 'orthohash_head',
-           'csq_head', 'dpn_head', 'Method', 'HashNet', 'param_groups', 'Preset', 'build']
+           'csq_head', 'dpn_head', 'HashNet', 'param_groups', 'Preset', 'build']
 
 # %% ../nbs/06_hashing.ipynb #49896610
-from dataclasses import dataclass, field, replace
-from typing import Any, Callable, Mapping, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Callable, Mapping
 
 import numpy as np
 import scipy.linalg
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .backbones import BACKBONES, backbone as make_backbone, seeded
+from .backbones import backbone as make_backbone, seeded
 from .runs import derive_seed
 
 # %% ../nbs/06_hashing.ipynb #dd800b87
@@ -66,7 +66,7 @@ def max_distance_codebook(classes: int, bits: int, seed: int = 0) -> Tensor:
     "Random codes that keep their distance, by the rejection search of DPN and OrthoHash: (classes, bits) int8."
     _checked(classes, bits)
     rng = np.random.default_rng(seed)
-    return _codebook(rng.permutation(_far_apart(lambda n: rng.integers(0, 2, (n, bits))*2 - 1, classes, bits)))
+    return _codebook(rng.permutation(_far_apart(lambda n: rng.integers(0, 2, (n, bits), dtype=np.int8)*2 - 1, classes, bits)))
 
 # %% ../nbs/06_hashing.ipynb #d89c2846
 def hadamard_codebook(classes: int, bits: int, seed: int = 0) -> Tensor:
@@ -79,7 +79,7 @@ def hadamard_codebook(classes: int, bits: int, seed: int = 0) -> Tensor:
     balanced = np.where(np.arange(bits) < bits//2, 1, -1)                          # as many +1 as -1, or one fewer
     return _codebook(_far_apart(lambda n: rng.permuted(np.tile(balanced, (n, 1)), axis=1), classes, bits))
 
-CODEBOOKS: dict[str, Callable[..., Tensor]] = {'bernoulli': bernoulli_codebook, 'gaussian': gaussian_codebook, 'max-distance': max_distance_codebook, 'hadamard': hadamard_codebook}
+CODEBOOKS = {'bernoulli': bernoulli_codebook, 'gaussian': gaussian_codebook, 'max-distance': max_distance_codebook, 'hadamard': hadamard_codebook}
 
 # %% ../nbs/06_hashing.ipynb #ef064df7
 class HashLoss(nn.Module):
@@ -122,7 +122,7 @@ def signs(v: Tensor) -> Tensor:
     return torch.where(v > 0, 1., -1.).to(v.dtype)
 
 class OrthoHash(HashLoss):
-    "Cosine classifier whose weights are the class codes (Hoe et al. 2021, eq. 4 and 5). An image of several classes aims between their codes."
+    "Cosine classifier whose weights are the class codes (Hoe et al. 2021, eq. 4). An image of several classes aims between their codes."
     def __init__(self,
                  codebook: Tensor,          # (classes, bits), entries -1 or +1
                  scale: float = 8.,         # s; larger is sharper
@@ -191,7 +191,7 @@ class DPN(HashLoss):
         loss = (up*F.relu(self.margin - v) + down*F.relu(self.margin + v)).sum(1).mean()
         return loss + self.regularisation*v.square().mean() if self.regularisation else loss
 
-# %% ../nbs/06_hashing.ipynb #9e63df4e
+# %% ../nbs/06_hashing.ipynb #312b144d
 def _linear(features: int, bits: int) -> nn.Linear:
     layer = nn.Linear(features, bits, bias=False)
     nn.init.normal_(layer.weight, std=.01)
@@ -209,13 +209,10 @@ def dpn_head(features: int, bits: int) -> nn.Module:
     "One linear layer and nothing else."
     return _linear(features, bits)
 
-class Method(NamedTuple):
-    loss: type[HashLoss]
-    head: Callable[..., nn.Module]   # (features, bits) -> module
+METHODS = {   # name: (loss, head)
+    'orthohash': (OrthoHash, orthohash_head), 'orthohash-arc': (OrthoHashArc, orthohash_head), 'csq': (CSQ, csq_head), 'dpn': (DPN, dpn_head)}
 
-METHODS: dict[str, Method] = {'orthohash': Method(OrthoHash, orthohash_head), 'orthohash-arc': Method(OrthoHashArc, orthohash_head), 'csq': Method(CSQ, csq_head), 'dpn': Method(DPN, dpn_head)}
-
-# %% ../nbs/06_hashing.ipynb #f9c0925b
+# %% ../nbs/06_hashing.ipynb #e2159e17
 class HashNet(nn.Module):
     "Images to hash outputs: normalise, backbone, head. The code is the sign of the output."
     def __init__(self, backbone: nn.Module, head: nn.Module):   # backbone: with `out_features`, `mean`, `std`
@@ -227,8 +224,8 @@ class HashNet(nn.Module):
     def features(self, x: Tensor) -> Tensor:   # (n, 3, s, s) floats in [0, 1] -> (n, out_features)
         if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
             raise ValueError(f'images are floats in [0, 1] of shape (n, 3, size, size); found {x.dtype} {tuple(x.shape)}')
-        if not self.values_checked:                                                # once: it would stall a GPU at every step
-            if not (x.min() >= 0 and x.max() <= 1): raise ValueError(f'images lie in [0, 1]; found {x.min():.3g}..{x.max():.3g}: divide bytes by 255, and leave the normalisation to the network')
+        if not self.values_checked:   # once, as it would stall a GPU at every step; resampling may overshoot a little
+            if not (x.min() > -.5 and x.max() < 1.5): raise ValueError(f'images lie in [0, 1]; found {x.min():.3g}..{x.max():.3g}: divide bytes by 255, and leave the normalisation to the network')
             self.values_checked = True
         return self.backbone((x - self.mean)/self.std)
 
@@ -242,53 +239,45 @@ def param_groups(net: HashNet, rate: float, backbone_scale: float = 1.) -> list[
     parts = {'backbone': (net.backbone, rate*backbone_scale), 'head': (net.head, rate)}
     return [{'name': name, 'params': [p for p in part.parameters() if p.requires_grad], 'lr': lr} for name, (part, lr) in parts.items()]
 
-# %% ../nbs/06_hashing.ipynb #b4b8b4b0
+# %% ../nbs/06_hashing.ipynb #cdc73608
 @dataclass(frozen=True)
 class Preset:
     "Settings of one published run, as plain values. The defaults are paper A's protocol."
     method: str
     source: str                              # who published it, and for what
     codebook: str                            # name in `CODEBOOKS`
-    loss: Mapping[str, Any] = field(default_factory=dict)   # arguments of the loss
-    head: Mapping[str, Any] = field(default_factory=dict)   # arguments of the head
+    loss: Mapping[str, Any]                  # arguments of the loss
     backbone: str = ''                       # name in `BACKBONES`; '' for any
-    optimiser: str = 'adam'                  # adam | sgd | rmsprop
+    optimizer: str = 'adam'                  # adam | sgd (momentum 0.9)
     rate: float = 3e-4
     backbone_scale: float = 1.               # the backbone learns at rate * backbone_scale
     weight_decay: float = 5e-4
-    momentum: float = 0.                     # of SGD
-    schedule: str = 'cosine'                 # cosine (to 0) | step
-    step_factor: float = 1.                  # the rate is multiplied by it ...
-    step_every: float = 1.                   # ... whenever this share of the epochs has passed
+    schedule: str = 'cosine'                 # cosine | step-80, step-50: x0.1 after 80, 50 % of the epochs | decay-70: x0.7 after every ninth of them
     epochs: int = 100
     batch: int = 256
 
-# %% ../nbs/06_hashing.ipynb #312b144d
 def _published() -> dict[str, Preset]:
-    ours = 'paper A: Adam, cosine, 3e-4; the rest as its method'
-    ortho = Preset('orthohash', 'kamwoh/orthohash: ImageNet-100, NUS-WIDE', 'bernoulli', dict(scale=8., margin=.2), backbone='alexnet', rate=1e-4, backbone_scale=.1,
-                   schedule='step', step_factor=.1, step_every=.8)
-    csq = Preset('csq', 'yuanli2333/Hadamard-Matrix-for-hashing: ImageNet-100', 'hadamard', dict(quantisation=.05), dict(dropout=.5), 'resnet50', rate=1e-3, backbone_scale=.01,
-                 weight_decay=0., schedule='step', step_factor=.7, step_every=1/9, epochs=90, batch=64)
-    csq_alexnet = replace(csq, backbone='alexnet', loss=dict(quantisation=.001), head=dict(dropout=0.), rate=1e-4)
-    dpn = Preset('dpn', 'kamwoh/DPN', 'gaussian', dict(margin=1.), backbone='alexnet', optimiser='sgd', rate=1e-4, momentum=.9, schedule='step', step_factor=.1, step_every=.5, epochs=200)
+    cosine, centres = dict(scale=8., margin=.2), 'yuanli2333/Hadamard-Matrix-for-hashing'
+    ortho = Preset('orthohash', 'kamwoh/orthohash: ImageNet-100, NUS-WIDE', 'bernoulli', cosine, 'alexnet', rate=1e-4, backbone_scale=.1, schedule='step-80')
+    csq = Preset('csq', f'{centres}: ImageNet-100', 'hadamard', dict(quantisation=.05), 'resnet50', rate=1e-3, backbone_scale=.01, weight_decay=0., schedule='decay-70', epochs=90, batch=64)
+    csq_alexnet = replace(csq, source=f'{centres}: ImageNet-100', backbone='alexnet', loss=dict(quantisation=.001), rate=1e-4)
     return {
-        'orthohash': Preset('orthohash', ours, 'bernoulli', dict(scale=8., margin=.2)),
-        'orthohash-arc': Preset('orthohash-arc', ours, 'bernoulli', dict(scale=8., margin=.2)),
-        'csq': Preset('csq', ours, 'hadamard', dict(quantisation=.05)),
-        'dpn': Preset('dpn', ours, 'gaussian', dict(margin=1.)),
+        **{m: Preset(m, 'paper A', 'bernoulli', cosine) for m in ('orthohash', 'orthohash-arc')},
+        'csq': Preset('csq', 'paper A', 'hadamard', dict(quantisation=.05), weight_decay=0.),
+        'dpn': Preset('dpn', 'paper A', 'gaussian', dict(margin=1.)),
         'orthohash-official': ortho,
         'orthohash-official-cifar10': replace(ortho, source='kamwoh/orthohash: CIFAR-10', loss=dict(scale=8., margin=.3)),
         'csq-official-resnet50': csq,
-        'csq-official-resnet50-multilabel': replace(csq, source='yuanli2333/Hadamard-Matrix-for-hashing: COCO, NUS-WIDE', backbone_scale=.05),
+        'csq-official-resnet50-multilabel': replace(csq, source=f'{centres}: COCO, NUS-WIDE', backbone_scale=.05),
         'csq-official-alexnet': csq_alexnet,
-        'csq-official-alexnet-64': replace(csq_alexnet, source='yuanli2333/Hadamard-Matrix-for-hashing: ImageNet-100, 64 bits', loss=dict(quantisation=.0001)),
-        'dpn-official': dpn,
+        'csq-official-alexnet-64': replace(csq_alexnet, source=f'{centres}: ImageNet-100, 64 bits', loss=dict(quantisation=.0001)),
+        'csq-official-alexnet-multilabel': replace(csq_alexnet, source=f'{centres}: NUS-WIDE', backbone_scale=.05),
+        'dpn-official': Preset('dpn', 'kamwoh/DPN', 'gaussian', dict(margin=1.), 'alexnet', 'sgd', 1e-4, schedule='step-50', epochs=200),
     }
 
-PRESETS: dict[str, Preset] = _published()
+PRESETS = _published()
 
-# %% ../nbs/06_hashing.ipynb #d11bba7c
+# %% ../nbs/06_hashing.ipynb #a891e8a6
 def build(method: str,                           # one of `METHODS`
           backbone: str,                         # one of `BACKBONES`
           initialisation: str,                   # of the backbone: 'random', 'imagenet', 'cifar10' or a path
@@ -304,15 +293,16 @@ def build(method: str,                           # one of `METHODS`
     if method not in METHODS: raise ValueError(f"method is one of {', '.join(METHODS)}; found {method!r}")
     mine = [name for name, p in PRESETS.items() if p.method == method]
     if (preset or method) not in mine: raise ValueError(f"presets of {method} are {', '.join(mine)}; found {preset!r}")
-    chosen, made = PRESETS[preset or method], METHODS[method]
-    head = {'dropout': overrides.pop('dropout')} if method == 'csq' and 'dropout' in overrides else dict(chosen.head)
+    chosen, (make_loss, make_head) = PRESETS[preset or method], METHODS[method]
     table = chosen.codebook if codebook is None else codebook
     if isinstance(table, str):
         if table not in CODEBOOKS: raise ValueError(f"codebook is one of {', '.join(CODEBOOKS)} or a tensor; found {table!r}")
         table = CODEBOOKS[table](classes, bits, seed)
     if tuple(table.shape) != (classes, bits): raise ValueError(f'the codebook is a ({classes}, {bits}) table; found {tuple(table.shape)}')
-    try: loss = made.loss(table, **{**chosen.loss, **overrides})
-    except TypeError as e: raise ValueError(f'{method} does not know an override of {sorted(overrides)}: {e}') from e
+    head = {'dropout': overrides.pop('dropout')} if method == 'csq' and 'dropout' in overrides else {}
+    try: loss = make_loss(table, **{**chosen.loss, **overrides})
+    except TypeError as e: raise ValueError(f'{method} does not take all of {sorted(overrides)}: {e}') from e
     body = make_backbone(backbone, initialisation, size, derive_seed('backbone', seed))
-    with seeded(derive_seed('head', seed)): net = HashNet(body, made.head(body.out_features, bits, **head))
+    if method == 'csq' and not head and any(isinstance(m, nn.Dropout) and m.p for m in body.modules()): head = {'dropout': 0.}   # as with the official AlexNet
+    with seeded(derive_seed('head', seed)): net = HashNet(body, make_head(body.out_features, bits, **head))
     return net, loss

@@ -1,0 +1,53 @@
+"Notebooks and package are in step, and the notebooks are fit to be committed."
+import shutil
+import subprocess
+import sys
+
+import papermill
+import pytest
+from conftest import ROOT
+from lthash.notebooks import read_cells, source, tagged_cells
+
+NUMBERED = sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))
+ALL = NUMBERED + sorted((ROOT/'nbs').glob('index.ipynb'))
+
+
+def test_export_and_clean_change_nothing(tmp_path):
+    for name in ('nbs', 'lthash'): shutil.copytree(ROOT/name, tmp_path/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', '.last_checked'))
+    for name in ('settings.ini', 'setup.py'): shutil.copy(ROOT/name, tmp_path)
+    state = lambda: {p.relative_to(tmp_path).as_posix(): p.read_text(encoding='utf-8') for kind in ('lthash/*.py', 'nbs/*.ipynb') for p in tmp_path.glob(kind)}
+    before = state()
+    for command in ('from nbdev.doclinks import nbdev_export as go', 'from nbdev.clean import nbdev_clean as go'):
+        subprocess.run([sys.executable, '-c', f'import sys; sys.argv[1:] = []; {command}; go()'], cwd=tmp_path, check=True, capture_output=True)
+        after = state()
+        changed = [name for name in sorted(before | after) if before.get(name) != after.get(name)]
+        assert not changed, f'`nbdev_export && nbdev_clean` would change {", ".join(changed)}: run both and commit'
+
+
+def test_a_hand_edit_is_noticed(tmp_path):
+    "The check above can fail: an edit of an exported module is undone by the export."
+    (tmp_path/'nbs').mkdir(), (tmp_path/'lthash').mkdir()
+    for name in ('settings.ini', 'setup.py', 'lthash/__init__.py', 'lthash/report.py', 'nbs/08_report.ipynb'): shutil.copy(ROOT/name, tmp_path/name)
+    edited = tmp_path/'lthash'/'report.py'
+    edited.write_text(edited.read_text().replace('class Entry', 'class Other'))
+    subprocess.run([sys.executable, '-c', 'import sys; sys.argv[1:] = []; from nbdev.doclinks import nbdev_export as go; go()'], cwd=tmp_path, check=True, capture_output=True)
+    assert edited.read_text() == (ROOT/'lthash'/'report.py').read_text()
+
+
+@pytest.mark.parametrize('notebook', ALL, ids=lambda p: p.stem)
+def test_outputs_are_presentable(notebook):
+    outputs = [o for c in read_cells(notebook) for o in c.get('outputs', [])]
+    assert not [o['evalue'] for o in outputs if o['output_type'] == 'error']
+    assert not [o['text'] for o in outputs if o.get('name') == 'stderr'], 'standard error is stored; `lthash refresh` drops it'
+    assert str(ROOT) + '/' not in notebook.read_text(encoding='utf-8'), 'a path of this machine is stored; `lthash refresh` shortens it'
+
+
+@pytest.mark.parametrize('notebook', NUMBERED, ids=lambda p: p.stem)
+def test_one_parameters_cell(notebook):
+    tagged = tagged_cells(read_cells(notebook))
+    assert len(tagged) == 1, 'exactly one cell is tagged `parameters`'
+    known = papermill.inspect_notebook(str(notebook))
+    assert {'profile', 'out'} <= set(known)
+    assert (known['profile']['default'], known['out']['default']) == ('"cpu"', '"reports"')
+    written = [source(c) for i, c in enumerate(read_cells(notebook)) if i > tagged[0] and c['cell_type'] == 'code']
+    assert not [s for s in written for line in s.splitlines() if line.startswith(('profile =', 'out ='))], 'a later cell overwrites a parameter'
