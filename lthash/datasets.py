@@ -110,7 +110,7 @@ def _silk(size: int, per_class: tuple[int, int], seed: int) -> tuple[dict, Tenso
         pixels.flush()
         return dict(size=size, ids=[f'silk/{VERSION}/{seed}/{CLASSES[c].name}/{i}' for c, _, i in plan], parts=[p for _, p, _ in plan],
                     folders=[CLASSES[c].name for c, *_ in plan], skipped=[])
-    return (*mapped(f'silk-{size}', [code_digest('silk'), size, per_class, seed], fill),
+    return (*mapped(f'silk-{size}', [code_digest('silk', 'patterns'), size, per_class, seed], fill),
             {c.name: (c.name, c.category) for c in CLASSES}, 'rendered silk in place of the private photographs')
 
 def _read(name: str, path: Path, size: int, wanted: str | None = None) -> tuple[dict, Tensor]:

@@ -136,6 +136,7 @@ def _check(query_codes, query_labels, db_codes, db_labels) -> bool:
     for name, codes, labels in (('query', query_codes, query_labels), ('database', db_codes, db_labels)):
         if codes.ndim != 2 or not str(codes.dtype).endswith('uint8'):
             raise ValueError(f'{name} codes are packed bytes, (n, bits/8) uint8; found {tuple(codes.shape)} {codes.dtype}: use pack(v)')
+        if codes.shape[1] > 4000: raise ValueError(f'codes of up to 32,000 bits are counted; found {8*codes.shape[1]}')
         if len(codes) == 0 or len(codes) != len(labels):
             raise ValueError(f'{name}: one label row per code and at least one; found {len(codes)} codes and {len(labels)} labels')
         if labels.ndim not in (1, 2) or str(labels.dtype).split('.')[-1].rstrip('0123456789') not in ('int', 'uint', 'bool', 'float'*(labels.ndim == 2)):
@@ -228,7 +229,9 @@ class BinaryIndex:
     def add(self, codes: np.ndarray) -> 'BinaryIndex':   # (n, bytes) uint8
         "Add a batch; ids count on from `len(self)`. Call it as often as there are batches: the database need not fit in memory twice."
         codes = self._codes(codes)
-        if not self.index.is_trained: self.index.train(codes)
+        if not self.index.is_trained:
+            if len(codes) < self.index.nlist: raise ValueError(f'{self.index.nlist} lists are learnt from the first batch, which has only {len(codes)} codes: add a larger batch first, or choose fewer lists')
+            self.index.train(codes)
         self.index.add(codes)
         return self
 

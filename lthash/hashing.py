@@ -265,14 +265,14 @@ def _published() -> dict[str, Preset]:
         **{m: Preset(m, 'paper A', 'bernoulli', cosine) for m in ('orthohash', 'orthohash-arc')},
         'csq': Preset('csq', 'paper A', 'hadamard', dict(quantisation=.05), weight_decay=0.),
         'dpn': Preset('dpn', 'paper A', 'gaussian', dict(margin=1.)),
-        'orthohash-official': ortho,
-        'orthohash-official-cifar10': replace(ortho, source='kamwoh/orthohash: CIFAR-10', loss=dict(scale=8., margin=.3)),
-        'csq-official-resnet50': csq,
-        'csq-official-resnet50-multilabel': replace(csq, source=f'{centres}: COCO, NUS-WIDE', backbone_scale=.05),
-        'csq-official-alexnet': csq_alexnet,
-        'csq-official-alexnet-64': replace(csq_alexnet, source=f'{centres}: ImageNet-100, 64 bits', loss=dict(quantisation=.0001)),
-        'csq-official-alexnet-multilabel': replace(csq_alexnet, source=f'{centres}: NUS-WIDE', backbone_scale=.05),
-        'dpn-official': Preset('dpn', 'kamwoh/DPN', 'gaussian', dict(margin=1.), 'alexnet', 'sgd', 1e-4, schedule='step-50', epochs=200),
+        'orthohash-as-published': ortho,
+        'orthohash-as-published-cifar10': replace(ortho, source='kamwoh/orthohash: CIFAR-10', loss=dict(scale=8., margin=.3)),
+        'csq-as-published-resnet50': csq,
+        'csq-as-published-resnet50-multilabel': replace(csq, source=f'{centres}: COCO, NUS-WIDE', backbone_scale=.05),
+        'csq-as-published-alexnet': csq_alexnet,
+        'csq-as-published-alexnet-64': replace(csq_alexnet, source=f'{centres}: ImageNet-100, 64 bits', loss=dict(quantisation=.0001)),
+        'csq-as-published-alexnet-multilabel': replace(csq_alexnet, source=f'{centres}: NUS-WIDE', backbone_scale=.05),
+        'dpn-as-published': Preset('dpn', 'kamwoh/DPN', 'gaussian', dict(margin=1.), 'alexnet', 'sgd', 1e-4, schedule='step-50', epochs=200),
     }
 
 PRESETS = _published()

@@ -69,13 +69,13 @@ def embed(out: Path, name: str, limit: int = 150_000) -> str:
 _NUMBER = re.compile(r'[-+−~≈<>]?\s*\d[\d,. ]*(e[-+]?\d+)?\s*(±\s*[\d.]+)?\s*(%|x|s)?', re.I)
 
 def read_table(path: Path) -> dict:
-    "A CSV as `{'columns': [{'name', 'number', 'paper'}], 'rows': [[text]]}`; 'number' where every filled cell is one."
+    "A CSV as `{'columns': [{'name', 'number', 'paper', 'long'}], 'rows': [[text]]}`; 'number' where every filled cell is one, 'long' where one is a sentence."
     with path.open(newline='', encoding='utf-8') as file: header, *rows = csv.reader(file)
     columns = []
     for name, cells in zip(header, zip(*rows) if rows else [()]*len(header)):
         filled = [c for c in cells if c.strip(' -–—')]
         number = bool(filled) and all(_NUMBER.fullmatch(c.strip()) for c in filled)
-        columns.append({'name': name, 'number': number, 'paper': number and bool(re.search('paper|reported', name, re.I))})
+        columns.append({'name': name, 'number': number, 'paper': number and bool(re.search('paper|reported', name, re.I)), 'long': max(map(len, cells), default=0) > 30})
     return {'columns': columns, 'rows': rows}
 
 def duration(seconds: float) -> str:
@@ -100,7 +100,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1rem; fon
 meter { width: 12rem; vertical-align: middle }
 .scroll { overflow-x: auto; max-width: 100% } table { border-collapse: collapse; font-size: .88rem; line-height: 1.35 }
 th, td { text-align: left; padding: .35rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top } thead th { border-bottom: 2px solid var(--soft); vertical-align: bottom }
-tbody th { font-weight: 600 } .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap } .theirs { background: var(--theirs) }
+tbody th { font-weight: 600 } .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap } .theirs { background: var(--theirs) } .long { min-width: 15rem }
 figure { margin: 1.75rem 0 } figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; background: #fff; padding: .5rem; border-radius: 4px }
 figcaption { margin: .6rem 0; font-size: .98rem } .links { font-size: .85rem; color: var(--soft) }
 .state { font-size: .85rem; font-weight: 600; white-space: nowrap } .done { color: var(--done) } .running { color: var(--running) } .failed { color: var(--failed) } .interrupted { color: var(--interrupted) } .todo { color: var(--todo) }
@@ -109,7 +109,7 @@ figcaption { margin: .6rem 0; font-size: .98rem } .links { font-size: .85rem; co
 @media (max-width: 40rem) { body { font-size: 1rem } h1 { font-size: 1.5rem } h2 { font-size: 1.2rem } dl { grid-template-columns: 1fr; gap: 0 } dd { margin-bottom: .5rem } th, td { padding: .3rem .5rem } .index .wide { display: none } }
 @media print { :root { --ink: #000; --soft: #444; --paper: #fff; --card: #f4f4f4; --line: #bbb; --link: #000; --theirs: #f2ead0; --done: #000; --running: #000; --failed: #000; --interrupted: #000; --todo: #444; color-scheme: light }
   @page { margin: 16mm } body { max-width: none; padding: 0; font-size: 10pt } h2 { margin-top: 8mm; break-after: avoid } .links { display: none } .question { break-after: avoid } .state { font-size: inherit } a { text-decoration: none }
-  .scroll { overflow: visible } table { font-size: 7.5pt } th, td { padding: 1mm 1.5mm } thead { display: table-header-group } tr, figure.picture, .error { break-inside: avoid } figure img { max-height: 210mm; padding: 0 } pre { white-space: pre-wrap }
+  .scroll { overflow: visible } table { font-size: 7.5pt } .long { min-width: 0 } th, td { padding: 1mm 1.5mm } thead { display: table-header-group } tr, figure.picture, .error { break-inside: avoid } figure img { max-height: 210mm; padding: 0 } pre { white-space: pre-wrap }
   .theirs { print-color-adjust: exact; -webkit-print-color-adjust: exact } }
 '''
 
@@ -153,7 +153,7 @@ _PAGE = '''
 <li><a href="#{{ e.name }}">{{ e.name }}</a>, cell {{ e.error.cell }}: <code>{{ e.error.message|truncate(200) }}</code></li>{% if loop.last %}</ul></section>{% endif %}{% endfor %}
 <section aria-labelledby="contents"><h2 id="contents">Notebooks</h2>
 <div class="scroll"><table class="index"><thead><tr><th scope="col">Notebook</th><th scope="col">State</th><th scope="col" class="n">Time</th><th scope="col" class="n wide">Figures</th><th scope="col" class="n wide">Tables</th></tr></thead>
-<tbody>{% for e in entries %}<tr><th scope="row">{% if e.shown or e.state == 'failed' %}<a href="#{{ e.name }}">{{ e.title or e.name }}</a>{% else %}{{ e.title or e.name }}{% endif %}</th><td>{{ state(e) }}</td><td class="n">{{ e.seconds|duration if e.seconds is not none else '' }}</td><td class="n wide">{{ e.shown|selectattr('kind', 'equalto', 'figure')|list|length or '' }}</td><td class="n wide">{{ e.shown|selectattr('kind', 'equalto', 'table')|list|length or '' }}</td></tr>
+<tbody>{% for e in entries %}<tr><th scope="row">{% if e.shown or e.state == 'failed' %}<a href="#{{ e.name }}">{{ e.title or e.name }}</a>{% elif e.copies %}<a href="{{ e.copies[0][0] }}">{{ e.title or e.name }}</a>{% else %}{{ e.title or e.name }}{% endif %}</th><td>{{ state(e) }}</td><td class="n">{{ e.seconds|duration if e.seconds is not none else '' }}</td><td class="n wide">{{ e.shown|selectattr('kind', 'equalto', 'figure')|list|length or '' }}</td><td class="n wide">{{ e.shown|selectattr('kind', 'equalto', 'table')|list|length or '' }}</td></tr>
 {% endfor %}</tbody></table></div></section>
 {% for part, chosen in parts %}{% for e in chosen if e.shown or e.state == 'failed' %}{% if loop.first %}<h2 class="part">{{ part }}</h2>{% endif %}{{ section(e) }}{% endfor %}{% endfor %}
 </main>
@@ -163,7 +163,7 @@ _PAGE = '''
 
 # %% ../nbs/08_report.ipynb #cb798179
 def _classes(column: dict) -> str:
-    names = ' '.join(n for n, on in (('n', column['number']), ('theirs', column['paper'])) if on)
+    names = ' '.join(n for n, on in (('n', column['number']), ('theirs', column['paper']), ('long', column['long'])) if on)
     return Markup(f' class="{names}"') if names else ''
 
 def write_page(out: Path,                # the folder of a reproduction: figures/, tables/, notebooks/
@@ -195,11 +195,12 @@ def write_page(out: Path,                # the folder of a reproduction: figures
 
 # %% ../nbs/08_report.ipynb #4445d34e
 def remaining(jobs: list[Entry], elapsed: float, width: int = 1) -> float | None:
-    "Seconds left for `jobs`, `width` at a time; None before there is anything to judge by."
+    "Seconds left for `jobs`, those from number 10 on `width` at a time; None before there is anything to judge by."
     known = [j.expected for j in jobs if j.expected]
     usual = sum(known)/len(known) if known else 1.
-    left, done = (sum((j.expected or usual)*share(j) for j in jobs) for share in (lambda j: 1 - j.share, lambda j: j.share))
-    return left/width if known else elapsed*left/done if done else None
+    weights = [(j.expected or usual)/(width if j.number >= 10 else 1) for j in jobs]
+    left, done = sum(w*(1 - j.share) for w, j in zip(weights, jobs)), sum(w*j.share for w, j in zip(weights, jobs))
+    return left if known else elapsed*left/done if done else None
 
 # %% ../nbs/08_report.ipynb #9faf81b4
 class Display:
@@ -223,7 +224,7 @@ class Display:
     def clock(self) -> str:
         elapsed = time.monotonic() - self.begin
         left = remaining(self.jobs, elapsed, self.width)
-        return f'{duration(elapsed)} elapsed' + (f', about {duration(left)} left' if left else '')
+        return f'{duration(elapsed)} elapsed' + (f', about {duration(left)} left' if left and left >= 1 else '')
 
     def started(self, job: Entry):
         self.tasks[job.name] = self.bar.add_task(job.name, total=1., note='starting')

@@ -107,7 +107,7 @@ def _work(job: Job, out: Path, profile: str, folder: Path, environment: dict, pi
     signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C reaches the driver, which decides
     signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=lambda: (wait([multiprocessing.parent_process().sentinel]), _stop()), daemon=True).start()
-    os.environ |= environment
+    os.environ.clear(); os.environ.update(environment)
     begin = time.perf_counter()
     copy = out/'notebooks'/f'{job.name}.ipynb'
     parameters = {'profile': profile, 'out': str(out)} if tagged_cells(read_cells(job.path)) else {}
@@ -126,7 +126,7 @@ def _environment(home: Path, width: int) -> dict[str, str]:
     "Environment of the kernels: no progress bars or windows, one order of hashing, and `1/width` of the cores each."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     threads = {name: os.environ.get(name) or str(max(1, cores//width)) for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'NUMBA_NUM_THREADS')}
-    return {'LTHASH_HOME': str(home), 'MPLBACKEND': 'module://matplotlib_inline.backend_inline', 'TQDM_DISABLE': '1', 'PYTHONHASHSEED': '0',
+    return {**os.environ, 'LTHASH_HOME': str(home), 'MPLBACKEND': 'module://matplotlib_inline.backend_inline', 'TQDM_DISABLE': '1', 'PYTHONHASHSEED': '0',
             'PYDEVD_DISABLE_FILE_VALIDATION': '1', **(threads if width > 1 else {})}
 
 def _places(notebooks: str | None, out: str | None) -> tuple[Path, Path, Path]:
@@ -146,7 +146,9 @@ class Driver:
     "Runs notebooks in child processes, and keeps states, rows and page up to date."
     def __init__(self, entries: list[Job], folder: Path, home: Path, out: Path, profile: str, display: Display):
         self.entries, self.folder, self.home, self.out, self.profile, self.display = entries, folder, home, out, profile, display
-        self.context, self.running = multiprocessing.get_context('spawn'), {}     # running: pipe -> (job, process)
+        self.running = {}                                         # pipe -> (job, process)
+        self.context = multiprocessing.get_context('forkserver')  # papermill is imported once, by the process from which the others are forked
+        self.context.set_forkserver_preload(['papermill', 'nbconvert', 'lthash.reproduce'])
 
     def publish(self) -> Path:
         write_results(self.out, [j.name for j in self.entries if j.state != 'to do'])
@@ -217,7 +219,7 @@ def reproduce(profile: str = 'cpu',
         for job in todo: forget(job, out)
         driver = Driver(entries, folder, home, out, profile, display)
         page = driver.publish()
-        display.say(f'{len(chosen) - len(todo)} of {len(chosen)} notebooks are done, {len(todo)} to run at profile {profile}; the page grows in {page}')
+        display.say(f'{len(chosen) - len(todo)} of {len(chosen)} notebooks are done, {len(todo)} to run at profile {profile}; the page grows in {escape(str(page))}')
         try:
             driver.run([j for j in todo if j.number < 10], 1)
             driver.run([j for j in todo if j.number >= 10], jobs)
@@ -227,7 +229,7 @@ def reproduce(profile: str = 'cpu',
         finally: driver.stop()
     failed = [j for j in chosen if j.state == 'failed']
     for j in failed: console.print(f"[bold red]failed[/]: {j.name}, cell {j.error['cell']}: {escape(j.error['source'])}\n    {escape(j.error['message'])}")
-    console.print(f'{len(chosen) - len(failed)} of {len(chosen)} notebooks are done: {page}')
+    console.print(f'{len(chosen) - len(failed)} of {len(chosen)} notebooks are done: {escape(str(page))}')
     return 1 if failed else 0
 
 # %% ../nbs/09_reproduce.ipynb #3c1b8b8a

@@ -124,8 +124,8 @@ def _mean(values: np.ndarray, kept: np.ndarray, ties: str, empty: str) -> float:
     "Mean over queries of what `_average_precision` returns."
     if empty == 'error' and (kept < 1).any():
         raise ValueError(f"{(kept < 1).sum()} of {len(kept)} queries are or can be empty (nothing relevant to divide by), the first is query {int((kept < 1).argmax())}: use empty='zero' or 'skip'")
-    if empty != 'skip' or (kept == 1).all():
-        return float(np.where(kept < 1, 0., values).mean() if ties == 'worst' else values.mean())
+    if empty != 'skip': return float(np.where(kept < 1, 0., values).mean() if ties == 'worst' else values.mean())
+    if not ((kept > 0) & (kept < 1)).any(): return float(values[kept == 1].sum()/max(1, (kept == 1).sum()))
     if ties == 'expected':
         values, kept = values[kept > 0], kept[kept > 0]
         nodes, weights = np.polynomial.legendre.leggauss(max(1, min(len(kept)//2 + 1, max(64, math.ceil(4*len(kept)**.5)))))

@@ -17,7 +17,6 @@ from typing import Any, Callable, Iterable
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 from filelock import FileLock
 from IPython.display import HTML, Image
 
@@ -75,22 +74,25 @@ def derive_seed(*parts) -> int:
 
 def seed_everything(*parts) -> int:
     "Seed python, numpy and torch (all devices) from `derive_seed(*parts)`; returns that seed."
+    import torch      # here and below, not above: the command line answers without it
     seed = derive_seed(*parts)
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
     return seed
 
-def device(name: str | None = None) -> torch.device:
+def device(name: str | None = None) -> 'torch.device':
     "`name`, else `$LTHASH_DEVICE`, else the first CUDA device, else the CPU."
+    import torch
     return torch.device(name or os.environ.get('LTHASH_DEVICE') or ('cuda' if torch.cuda.is_available() else 'cpu'))
 
-def device_name(d: torch.device | None = None) -> str:
+def device_name(d: 'torch.device | None' = None) -> str:
     "Human name of a device, as result rows record it: 'CPU, 2 threads' or 'NVIDIA H100'."
+    import torch
     d = d or device()
     return torch.cuda.get_device_name(d) if d.type == 'cuda' else f'{d.type.upper()}, {torch.get_num_threads()} threads'
 
 def versions() -> dict[str, str]:
     "Versions that can change a number."
-    import torchvision
+    import torch, torchvision
     from lthash import __version__
     return {'lthash': __version__, 'python': platform.python_version(), 'torch': torch.__version__, 'torchvision': torchvision.__version__, 'numpy': np.__version__}
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import cos, pi, sin, tau
 from operator import index as as_int
-from typing import Iterable
+from typing import Callable, Iterable
 
 import numpy as np
 from . import patterns
-from .patterns import Pattern, chance, layer, nearest, turn
+from .patterns import chance, layer, nearest, turn
 from numpy import ndarray
 
 # %% ../nbs/02_silk.ipynb #d969dfde
@@ -26,7 +26,7 @@ class SilkClass:
     name: str              # 'cloud brocade'
     chinese: str           # '四合如意云'
     category: str          # super-category word, shared by 2 to 5 classes
-    pattern: Pattern       # (u, v, w, r) -> coverage of main, second, metal
+    pattern: Callable      # (u, v, w, r) -> coverage of main, second, metal; see lthash.patterns
 
 CLASSES: tuple[SilkClass, ...] = (
     SilkClass('cloud brocade', '四合如意云', 'cloud', patterns.cloud_brocade),

@@ -31,7 +31,8 @@ class Trial:
     "One cell of one table: everything that decides its number."
     dataset: str = 'silk'
     regime: str = 'balanced'               # balanced | long-tail
-    method: str = 'OrthoHash'
+    method: str = 'OrthoHash'              # OrthoHash | CSQ | DPN
+    preset: str | None = None              # of `hashing.PRESETS`, for the loss and its codebook; None: paper A's
     backbone: str = 'alexnet-small'
     initialisation: str = 'random'
     bits: int = 32
@@ -73,7 +74,7 @@ def pretrained_backbone(dataset: str, backbone: str, size: int, recipe: Recipe, 
 @cache
 def _code(dataset: str, *more: str) -> str:
     "Digest of the code that a trained network of `dataset` depends on."
-    return code_digest('datasets', 'longtail', 'backbones', 'hashing', 'training', 'trials', *(['silk'] if dataset == 'silk' else []), *more)
+    return code_digest('datasets', 'longtail', 'backbones', 'hashing', 'training', 'trials', *(['silk', 'patterns'] if dataset == 'silk' else ['files']), *more)
 
 def _config(trial: Trial, *more: str) -> dict: return {**asdict(trial), 'code': _code(trial.dataset, *more)}
 
@@ -97,7 +98,7 @@ def train_trial(trial: Trial) -> dict:
         initialisation = trial.initialisation
         if initialisation in PRETRAINING:
             initialisation = str(pretrained_backbone(initialisation, trial.backbone, trial.size, trial.recipe, trial.train_per_class))
-        net, loss = hashing.build(trial.method.lower(), trial.backbone, initialisation, bits=trial.bits, classes=len(data.classes), size=trial.size, seed=trial.seed)
+        net, loss = hashing.build(trial.method.lower(), trial.backbone, initialisation, bits=trial.bits, classes=len(data.classes), size=trial.size, seed=trial.seed, preset=trial.preset)
         history = train(net, loss, data.images[chosen], data.labels[chosen], trial.recipe, trial.seed, folder, title=trial.title)
         codes = torch.from_numpy(encode(net, data.images, precision=trial.recipe.precision))
         atomic_write(folder/'codes.safetensors', lambda p: save_file({'codes': codes}, p))
@@ -122,9 +123,10 @@ def run(trial: Trial) -> dict:
         for protocol in PROTOCOLS:
             part = datasets.retrieval_split(data, protocol)
             found = retrieval.retrieval_report(codes[part.query], labels[part.query], codes[part.database], labels[part.database], groups=groups)
-            measured[protocol] = {**found, 'split': part.hash}
+            found.pop('AP')                  # per query: the codes give it back at any time
+            measured[protocol] = {**found, 'class AP': found['class AP'].tolist(), 'split': part.hash}
         return measured
-    return {**trained, **{k: v for k, v in cached('evaluate', _config(trial, 'retrieval'), evaluate).items() if k != 'seconds'}}
+    return {**trained, **{k: v for k, v in cached('evaluate', _config(trial, 'retrieval', 'hamming'), evaluate).items() if k != 'seconds'}}
 
 # %% ../nbs/07b_trials.ipynb #e17b2f82
 GROUPS = ('all', 'head', 'mid', 'tail')
@@ -135,7 +137,7 @@ def result_rows(trial: Trial, result: dict, table: str, paper: str = 'longtail')
     common = dict(paper=paper, table=table, dataset=trial.dataset, method=trial.method, variant=trial.regime, backbone=trial.backbone, bits=trial.bits, metric='mAP (%)', note=note,
                   seed=trial.seed, initialisation=trial.initialisation, size=trial.size, seconds=result['seconds'], device=result['device'], versions=result['versions'], substitutes=result['substitutes'])
     return [{**common, 'protocol': protocol, 'group': group, 'value': round(100*value, 3)}
-            for protocol in PROTOCOLS for group, value in zip(GROUPS, (result[protocol]['mAP'], *(result[protocol]['groups'][g] for g in GROUPS[1:])))]
+            for protocol in PROTOCOLS for group, value in zip(GROUPS, (result[protocol]['mAP'], *(result[protocol]['group mAP'][g] for g in GROUPS[1:])))]
 
 def run_trials(trials: Iterable[Trial], table: str, paper: str = 'longtail') -> list[dict]:
     "Rows of all trials; those not on disk are computed, with progress."

@@ -333,7 +333,7 @@ def test_overrides():
 
 @pytest.mark.parametrize('arguments, options, message', [
     (('ortho', 'resnet20', 'random', 16, 10, 32), {}, 'method is one of orthohash'),
-    (('dpn', 'resnet20', 'random', 16, 10, 32), {'preset': 'csq'}, 'presets of dpn are dpn, dpn-official; found .csq.'),
+    (('dpn', 'resnet20', 'random', 16, 10, 32), {'preset': 'csq'}, 'presets of dpn are dpn, dpn-as-published; found .csq.'),
     (('dpn', 'resnet20', 'random', 16, 10, 32), {'codebook': 'hadamrd'}, 'codebook is one of'),
     (('dpn', 'resnet20', 'random', 16, 10, 32), {'codebook': bernoulli_codebook(9, 16)}, r'a \(10, 16\) table; found \(9, 16\)'),
     (('dpn', 'resnet20', 'random', 16, 10, 32), {'scale': 3.}, "dpn does not take all of .'scale'."),

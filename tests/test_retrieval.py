@@ -187,6 +187,8 @@ def test_counts_cross_the_pieces_and_the_threads():
     assert (counts.items.sum(1) == 70_001).all() and (counts.total == 1).all()
     assert (np.argmax(counts.relevant, 1) == np.bitwise_count(q ^ d[-150:]).sum(1)).all()
     assert (counts.items == np.stack([np.bincount(row, minlength=25) for row in hamming(q, d)])).all()
+    same = distance_counts(d[:1], y[:1], np.repeat(d[:1], 140_001, 0), np.repeat(y[:1], 140_001))      # one counter takes them all
+    assert same.items[0, 0] == same.relevant[0, 0] == 140_001
 
 def test_codes_on_the_gpu_give_the_same_counts():
     if not torch.cuda.is_available(): pytest.skip('no CUDA device')
@@ -430,6 +432,7 @@ def test_index_refuses_what_it_cannot_use(tmp_path):
     with pytest.raises(ValueError, match='kind'): BinaryIndex(64, 'tree')
     with pytest.raises(ValueError, match='empty'): BinaryIndex(64).search(np.zeros((1, 8), np.uint8), 1)
     with pytest.raises(ValueError, match='use pack'): BinaryIndex(64).add(np.zeros((1, 64)))
+    with pytest.raises(ValueError, match='fewer lists'): BinaryIndex(64, 'ivf').add(np.zeros((10, 8), np.uint8))
     (tmp_path/'bad').write_bytes(b'not an index at all')
     with pytest.raises(ValueError, match='not a faiss binary index'): BinaryIndex.load(tmp_path/'bad')
     with pytest.raises(FileNotFoundError): BinaryIndex.load(tmp_path/'absent')

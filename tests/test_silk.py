@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from lthash import silk
+from lthash import patterns, silk
 
 classes, indices, seeds = st.integers(0, 19), st.integers(0, 2**40), st.integers(0, 2**62)
 
@@ -62,10 +62,32 @@ def test_patterns_are_float32_coverages(cls):
     "float64 anywhere would halve the speed; a coverage outside [0, 1] would make colours that no dye has."
     t = np.linspace(-3, 3, 96, dtype=np.float32)
     u, v = np.meshgrid(t, t)
+    u.flags.writeable = v.flags.writeable = False   # a pattern leaves its coordinates alone
     for details in (.1, .9):
         for mask in silk.CLASSES[cls].pattern(u, v, .04, lambda lo, hi: lo + (hi - lo)*details):
             assert mask.dtype == np.float32 and mask.shape == u.shape and 0 <= mask.min() and mask.max() <= 1 + 1e-6
             assert mask.max() > .5   # each layer is used
+
+
+@given(st.integers(-40, 40), st.integers(-40, 40), st.sampled_from([0., .5]))
+def test_tiles_repeat(columns, rows, drop):
+    "Two columns further (with a drop of a half) and any number of rows: the same place in another cell."
+    t = np.linspace(-.99, .99, 12, dtype=np.float32) + np.float32(1/512)
+    u, v = np.meshgrid(t, t)
+    x, y, i, j = patterns.tile(u, v, drop)
+    there = patterns.tile(u + 2*columns, v + rows, drop)
+    for a, b in zip((x, y, i + 2*columns, j + rows + 2*drop*columns), there):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    assert np.abs([x, y]).max() <= .5
+
+
+@pytest.mark.parametrize('shape', [lambda x, y: patterns.disc(x, y, .3, .1, -.2), lambda x, y: patterns.bar(x, y, .3, .1),
+                                   lambda x, y: patterns.union(patterns.disc(x, y, .2), patterns.outline(patterns.bar(x, y, .4, .1), .02))])
+def test_distances_never_grow_faster_than_the_way(shape):
+    "The promise that makes coverage a soft edge of width w: |d(p) - d(q)| <= |p - q|."
+    rng = np.random.default_rng(0)
+    p, q = rng.uniform(-1, 1, (2, 2, 5000))
+    assert (np.abs(shape(*p) - shape(*q)) <= np.hypot(*(p - q)) + 1e-9).all()
 
 
 def test_every_image_is_a_picture():

@@ -143,7 +143,7 @@ def test_two_processes_share_each_batch_and_stay_equal(tmp_path):
 
 def test_trials_are_told_apart_by_every_field():
     base = Trial()
-    changed = [replace(base, **{k: v}) for k, v in dict(dataset='cifar10', regime='long-tail', method='CSQ', backbone='resnet20', initialisation='cifar10', bits=64, seed=1, size=64,
+    changed = [replace(base, **{k: v}) for k, v in dict(dataset='cifar10', regime='long-tail', method='CSQ', preset='x', backbone='resnet20', initialisation='cifar10', bits=64, seed=1, size=64,
                recipe=Recipe(passes=1), imbalance='step', imbalance_factor=10., order_seed=1, train_per_class=5, val_per_class=5).items()]
     assert set(vars(base)) == {f for t in changed for f in vars(t) if getattr(t, f) != getattr(base, f)}
     from lthash.runs import digest
