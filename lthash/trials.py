@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'PRETRAINING', 'GROUPS', 'Trial', 'long_tail_counts', 'pretrained_backbone', 'load_data', 'training_set',
-           'train_trial', 'trial_codes', 'run', 'result_rows', 'run_trials', 'summarise', 'plus_minus']
+           'train_trial', 'trial_codes', 'run', 'result_rows', 'run_trials']
 
 # %% ../nbs/07b_trials.ipynb #aa8c4f88
 from dataclasses import asdict, dataclass, replace
@@ -97,7 +97,7 @@ def train_trial(trial: Trial) -> dict:
         chosen, counts = training_set(trial, data)
         initialisation = trial.initialisation
         if initialisation in PRETRAINING:
-            initialisation = str(pretrained_backbone(initialisation, trial.backbone, trial.size, trial.recipe, trial.train_per_class))
+            initialisation = str(pretrained_backbone(initialisation, trial.backbone, trial.size, replace(trial.recipe, passes=4*trial.recipe.passes), trial.train_per_class))
         net, loss = hashing.build(trial.method.lower(), trial.backbone, initialisation, bits=trial.bits, classes=len(data.classes), size=trial.size, seed=trial.seed, preset=trial.preset)
         history = train(net, loss, data.images[chosen], data.labels[chosen], trial.recipe, trial.seed, folder, title=trial.title)
         codes = torch.from_numpy(encode(net, data.images, precision=trial.recipe.precision))
@@ -143,11 +143,3 @@ def run_trials(trials: Iterable[Trial], table: str, paper: str = 'longtail') -> 
     "Rows of all trials; those not on disk are computed, with progress."
     trials = list(trials)
     return [row for trial in tqdm(trials, desc=f'{table}: trials', unit='trial') for row in result_rows(trial, run(trial), table, paper)]
-
-def summarise(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    "Mean and standard deviation over seeds of `value`, and the number of seeds, for each combination of the columns `by`."
-    return rows.groupby(by, sort=False, observed=True).value.agg(mean='mean', spread='std', seeds='count').reset_index()
-
-def plus_minus(mean: float, spread: float) -> str:
-    "'61.3 ± 0.8'; without the spread where there is one seed only."
-    return f'{mean:.1f}' if not spread == spread else f'{mean:.1f} ± {spread:.1f}'
