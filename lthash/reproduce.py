@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import lthash
-from .notebooks import Refused, execute, guard, kill_kernels, read_cells, source, tagged_cells, write_back
+from .notebooks import Refused, execute, guard, kill_kernels, read_cells, readme, source, tagged_cells, write_back
 from .report import Display, Entry, duration, overview, write_page, write_results
 from .runs import PROFILES, atomic_write, digest, write_json
 
@@ -234,11 +234,16 @@ def reproduce(profile: str = 'cpu',
 
 # %% ../nbs/09_reproduce.ipynb #3c1b8b8a
 def refresh(only: list[str] = (), notebooks: str | None = None) -> int:
-    "Bring every notebook up to date at profile cpu, then store its outputs in `nbs/`."
+    "Bring every notebook up to date at profile cpu, then store its outputs in `nbs/`, and the front page in `README.md`."
     status = reproduce('cpu', only, notebooks=notebooks, index=True)
     folder, home, out = _places(notebooks, None)
     for job in _choose(survey(folder, out, 'cpu', index=True), only):
-        if job.state == 'done': write_back(job.path, out/'notebooks'/f'{job.name}.ipynb', folder.parent)
+        if job.state != 'done': continue
+        write_back(job.path, out/'notebooks'/f'{job.name}.ipynb', folder.parent)
+        if job.name == 'index':
+            text, drawn = readme(job.path, 'data/results/readme-')
+            for name, picture in drawn.items(): atomic_write(folder.parent/name, picture)
+            atomic_write(folder.parent/'README.md', text)
     return status
 
 # %% ../nbs/09_reproduce.ipynb #7da0406b

@@ -3,10 +3,13 @@ import shutil
 import subprocess
 import sys
 
+import pandas as pd
 import papermill
 import pytest
 from conftest import ROOT
-from lthash.notebooks import read_cells, source, tagged_cells
+from lthash.notebooks import read_cells, readme, source, tagged_cells
+from lthash.runs import markdown
+from lthash.tables import cost_table
 
 NUMBERED = sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))
 ALL = NUMBERED + sorted((ROOT/'nbs').glob('index.ipynb'))
@@ -51,3 +54,14 @@ def test_one_parameters_cell(notebook):
     assert (known['profile']['default'], known['out']['default']) == ('"cpu"', '"reports"')
     written = [source(c) for i, c in enumerate(read_cells(notebook)) if i > tagged[0] and c['cell_type'] == 'code']
     assert not [s for s in written for line in s.splitlines() if line.startswith(('profile =', 'out ='))], 'a later cell overwrites a parameter'
+
+
+def test_the_front_page_is_the_index_notebook():
+    text, pictures = readme(ROOT/'nbs'/'index.ipynb', 'data/results/readme-')
+    assert (ROOT/'README.md').read_text(encoding='utf-8') == text, 'README.md is made from nbs/index.ipynb: run `lthash refresh`'
+    for name, content in pictures.items(): assert (ROOT/name).read_bytes() == content
+
+
+def test_the_front_page_shows_the_rows_on_record():
+    rows = pd.read_csv(ROOT/'data'/'results'/'real.csv').query("table == 'figure1b' and group == 'all' and protocol == 'paper'")
+    assert markdown(cost_table(rows)) in (ROOT/'README.md').read_text(encoding='utf-8')
