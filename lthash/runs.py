@@ -88,7 +88,7 @@ def device_name(d: 'torch.device | None' = None) -> str:
     "Human name of a device, as result rows record it: 'CPU, 2 threads' or 'NVIDIA H100'."
     import torch
     d = d or device()
-    return torch.cuda.get_device_name(d) if d.type == 'cuda' else f'{d.type.upper()}, {torch.get_num_threads()} threads'
+    return torch.cuda.get_device_name(d) if d.type == 'cuda' else f"{d.type.upper()}, {(n := torch.get_num_threads())} thread{'s'*(n > 1)}"
 
 def versions() -> dict[str, str]:
     "Versions that can change a number."
@@ -143,7 +143,7 @@ def cached(stage: str,                              # kind of computation: 'trai
            config: Any,                             # plain values or a dataclass: everything that can change the result
            compute: Callable[[Path], dict],         # called with the folder; may checkpoint there and resume from it
           ) -> dict:                                # what `compute` returned, now or in an earlier run
-    "The result of `compute`, from disk if it is there. Adds `seconds` (wall clock) when it is computed; safe under `kill -9` and between processes."
+    "The result of `compute`, from disk if it is there. Adds `seconds` (wall clock) unless `compute` says them; safe under `kill -9` and between processes."
     folder = stage_folder(stage, config)
     result = folder/'result.json'
     if int(os.environ.get('RANK', 0)) and not result.exists():    # a helper process of `accelerate launch`: it works along, its rank 0 locks and writes

@@ -95,15 +95,15 @@ def batch_indices(n: int, batch: int, step: int, seed: int) -> Tensor:
     return torch.cat([_epoch_order(n, seed, e)[max(0, first - e*n):max(0, first + batch - e*n)] for e in range(first//n, (first + batch - 1)//n + 1)])
 
 # %% ../nbs/07_training.ipynb #93a4efa2
-def _save_checkpoint(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer, step: int, losses: list[float]):
+def _save_checkpoint(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer, step: int, losses: list[float], seconds: float):
     state = optimizer.state_dict()
     tensors = {f'net.{k}': v for k, v in net.state_dict().items()}
     tensors |= {f'opt.{i}.{k}': torch.as_tensor(v) for i, s in state['state'].items() for k, v in s.items() if v is not None}
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    note = {'step': str(step), 'losses': json.dumps(losses)}
+    note = {'step': str(step), 'losses': json.dumps(losses), 'seconds': str(seconds)}
     atomic_write(path, lambda p: save_file(tensors, p, metadata=note))
 
-def _load_checkpoint(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[float]]:
+def _load_checkpoint(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[float], float]:
     from safetensors import safe_open
     with safe_open(path, 'pt') as f: note = f.metadata()
     tensors = load_file(path)
@@ -114,7 +114,7 @@ def _load_checkpoint(path: Path, net: nn.Module, optimizer: torch.optim.Optimize
             _, index, name = key.split('.', 2)
             state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({**optimizer.state_dict(), 'state': state})
-    return int(note['step']), json.loads(note['losses'])
+    return int(note['step']), json.loads(note['losses']), float(note['seconds'])
 
 def train(net: nn.Module,             # float images in [0, 1] -> outputs
           loss_function: nn.Module,   # (outputs, labels) -> scalar
@@ -123,9 +123,9 @@ def train(net: nn.Module,             # float images in [0, 1] -> outputs
           recipe: Recipe,
           seed: int = 0,
           folder: Path | None = None,       # where checkpoints go; None: no checkpoints
-          checkpoint_seconds: float = 20.,  # at most this much work is lost by a kill
+          checkpoint_seconds: float = 20.,  # between checkpoints, rounded up to a hundredth of the training: what a kill can lose
           title: str = 'training',
-         ) -> dict:                   # losses: mean loss of each hundredth of the training; aborted: why, or ''
+         ) -> dict:                   # losses: mean loss of each hundredth of the training; aborted: why, or ''; seconds, those before an interruption included
     "Train `net` in place. Resumes from `folder` if it holds a checkpoint, and then ends with the same weights, bit for bit, on the same CPU."
     accelerator = Accelerator(cpu=device().type == 'cpu')
     groups = hashing.param_groups(net, recipe.rate, recipe.backbone_scale) if hasattr(net, 'head') else [{'params': list(net.parameters()), 'lr': recipe.rate}]
@@ -134,7 +134,8 @@ def train(net: nn.Module,             # float images in [0, 1] -> outputs
     net.to(accelerator.device, memory_format=torch.channels_last).train()
     loss_function.to(accelerator.device)
     checkpoint = Path(folder)/'checkpoint.safetensors' if folder else None
-    step, losses = _load_checkpoint(checkpoint, net, optimizer) if checkpoint and checkpoint.exists() else (0, [])
+    step, losses, seconds = _load_checkpoint(checkpoint, net, optimizer) if checkpoint and checkpoint.exists() else (0, [], 0.)
+    begin = time.perf_counter() - seconds
     model, optimizer = accelerator.prepare(net, optimizer)
 
     augment, schedule, steps = AUGMENTATIONS[recipe.augmentation], SCHEDULES[recipe.schedule], recipe.steps
@@ -164,10 +165,10 @@ def train(net: nn.Module,             # float images in [0, 1] -> outputs
                 warnings.warn(f'{title} stopped, {aborted}')
                 break
             if checkpoint and accelerator.is_main_process and time.monotonic() - saved > checkpoint_seconds:
-                _save_checkpoint(checkpoint, net, optimizer, step, losses); saved = time.monotonic()
+                _save_checkpoint(checkpoint, net, optimizer, step, losses, time.perf_counter() - begin); saved = time.monotonic()
     bar.close()
     accelerator.wait_for_everyone()
-    return {'losses': [round(l, 5) for l in losses], 'aborted': aborted}
+    return {'losses': [round(l, 5) for l in losses], 'aborted': aborted, 'seconds': round(time.perf_counter() - begin, 3)}
 
 # %% ../nbs/07_training.ipynb #c0519ca8
 @torch.inference_mode()

@@ -314,8 +314,8 @@ def test_heads_are_the_published_ones():
     assert kinds('orthohash', 'resnet20', 'random', 16, 10, 32) == ['Linear', 'BatchNorm1d']
     assert kinds('dpn', 'resnet20', 'random', 16, 10, 32) == ['Linear']
     assert kinds('csq', 'resnet20', 'random', 16, 10, 32) == ['Linear', 'ReLU', 'Dropout', 'Linear', 'ReLU', 'Linear', 'Tanh']
-    dropout = lambda backbone, **k: build('csq', backbone, 'random', 16, 10, 32, **k)[0].head[2].p
-    assert (dropout('resnet20'), dropout('alexnet-small'), dropout('vit-small'), dropout('resnet20', dropout=.1)) == (.5, 0., .5, .1)
+    dropout = lambda backbone, size=32, **k: build('csq', backbone, 'random', 16, 10, size, **k)[0].head[2].p
+    assert (dropout('resnet20'), dropout('alexnet', 64), dropout('vit-small'), dropout('resnet20', dropout=.1)) == (.5, 0., .5, .1)    # AlexNet has dropout of its own
 
 @pytest.mark.parametrize('name', PRESETS)
 def test_presets_build(name):
