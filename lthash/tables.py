@@ -101,7 +101,7 @@ def cost_verdict(rows: pd.DataFrame) -> str:
         found = part['lost (share)'].str.removesuffix(' %').astype(int)
         if part.empty: continue
         word = 'holds' if found.map(holds).all() else 'does not hold' if not found.map(holds).any() else 'holds in part'
-        details = ', '.join(f"{r.network} ({r.initialisation}, {r.bits} bits) loses {loss} of {r.balanced.split()[0]} points, {share} %"
+        details = ', '.join(f"{r.network} from {r.initialisation} weights at {r.bits} bits loses {loss} of {r.balanced.split()[0]} points ({share} %)"
                             for r, loss, share in zip(part.itertuples(), part['lost (points)'], found))
-        lines.append(f'- *{claim[0].upper() + claim[1:]}*: **{word}** here. {details[0].upper() + details[1:]}.')
+        lines.append(f'- *{claim[0].upper() + claim[1:]}*: **{word}** here: {details}.')
     return '\n'.join(lines)
