@@ -131,7 +131,7 @@ def readme(index: Path,            # an executed notebook
             if 'image/png' in data:
                 name = f'{pictures}{len(drawn) + 1}.png'
                 drawn[name] = base64.b64decode(''.join(data['image/png']))
-                parts.append(f"![{output.get('metadata', {}).get('alt', 'figure')}]({name})")
+                parts.append(f"![{output.get('metadata', {}).get('image/png', {}).get('alt', 'figure')}]({name})")
             elif 'text/markdown' in data: parts.append(''.join(data['text/markdown']).strip())
             else: parts.append('```\n' + ''.join(output.get('text', data.get('text/plain', ''))).strip() + '\n```')
     return '\n\n'.join(parts) + '\n', drawn

@@ -9,7 +9,7 @@ __all__ = ['PROFILES', 'ROW_COLUMNS', 'RUN_COLUMNS', 'check_profile', 'home', 'r
            'reported']
 
 # %% ../nbs/00_runs.ipynb #73cec279
-import ast, hashlib, html, importlib, json, os, platform, random, tempfile, time
+import ast, hashlib, html, importlib, io, json, os, platform, random, tempfile, time
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterable
@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock
 from IPython.display import HTML, Image
+from PIL import Image as Picture
 
 # %% ../nbs/00_runs.ipynb #0e97432c
 PROFILES = {
@@ -177,8 +178,10 @@ class Report:
     def figure(self, fig, name: str, caption: str, dpi: int = 110):
         "Save a matplotlib figure as `figures/NAME.png` and `.svg` and close it; returns the picture, so that it can end a cell."
         with plt.rc_context({'svg.hashsalt': 'lthash'}):   # the same figure is the same file
-            for suffix in ('png', 'svg'):
-                atomic_write(self.out/'figures'/f'{name}.{suffix}', lambda p: fig.savefig(p, dpi=dpi, bbox_inches='tight', metadata={'Date': None} if suffix == 'svg' else None))
+            atomic_write(self.out/'figures'/f'{name}.svg', lambda p: fig.savefig(p, dpi=dpi, bbox_inches='tight', metadata={'Date': None}))
+            pixels = io.BytesIO()
+            fig.savefig(pixels, dpi=dpi, bbox_inches='tight')
+            atomic_write(self.out/'figures'/f'{name}.png', lambda p: Picture.open(pixels).convert('RGB').quantize(256).save(p, optimize=True))   # a palette: a third of the size
         plt.close(fig)
         self._register('figure', name, caption)
         return Image(filename=str(self.out/'figures'/f'{name}.png'), alt=caption)
