@@ -55,8 +55,8 @@ class AlexNetSmall(nn.Module):
     def __init__(self, size: int):   # image size in pixels; below 64 the first filter moves by one pixel, else by two
         super().__init__()
         conv = lambda before, after, kernel, stride=1: [nn.Conv2d(before, after, kernel, stride, kernel//2, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
-        self.features = nn.Sequential(*conv(3, 32, 5, 2 if size >= 64 else 1), nn.MaxPool2d(3, 2), *conv(32, 64, 5), nn.MaxPool2d(3, 2),
-                                      *conv(64, 96, 3), *conv(96, 96, 3), *conv(96, 64, 3), nn.MaxPool2d(3, 2))
+        self.features = nn.Sequential(*conv(3, 24, 5, 2 if size >= 64 else 1), nn.MaxPool2d(3, 2), *conv(24, 48, 5), nn.MaxPool2d(3, 2),
+                                      *conv(48, 64, 3), *conv(64, 64, 3), *conv(64, 64, 3), nn.MaxPool2d(3, 2))
         self.avgpool = nn.AdaptiveAvgPool2d(3)
         self.classifier = nn.Sequential(nn.Linear(64*9, 512), nn.ReLU(inplace=True), nn.Linear(512, 512), nn.ReLU(inplace=True), nn.Linear(512, 10))
         for m in self.modules():
