@@ -38,7 +38,8 @@ class Project:
     def command(self, *more, name='reproduce') -> list[str]: return [name, '--profile', 'smoke', '--notebooks', str(self.nbs), *more]
 
     def start(self, *more) -> subprocess.Popen:
-        return subprocess.Popen(LTHASH + self.command(*more), cwd=self.folder, env=os.environ | {'LTHASH_HOME': str(self.folder)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        return subprocess.Popen(LTHASH + self.command(*more), cwd=self.folder, env=os.environ | {'LTHASH_HOME': str(self.folder)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))   # as in a terminal, also where the tests themselves run in the background
 
     def run(self, *more) -> tuple[int, str]:
         process = self.start(*more)
