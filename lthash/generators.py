@@ -11,9 +11,10 @@ __all__ = ['EMBEDDED', 'SAMPLERS', 'load', 'prepare', 'networks', 'image_size', 
 
 # %% ../nbs/10a_generators.ipynb #49a80b0b
 import hashlib
+from contextlib import contextmanager
 from typing import Sequence
 
-import torch
+import diffusers, torch, transformers
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UniPCMultistepScheduler
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -33,10 +34,21 @@ def load(name: str = 'loom',                     # one of `EMBEDDED`, a folder i
         if not (path/'model_index.json').exists():
             raise FileNotFoundError(f'the embedded generator {name} is expected in {path}: take it from a clone of the project, or train it with `lthash train-{name}`')
     else: path = name
-    try: pipe = StableDiffusionPipeline.from_pretrained(path, local_files_only=name in EMBEDDED, use_safetensors=True, safety_checker=None, requires_safety_checker=False, torch_dtype=dtype)
+    try:
+        with _quiet(): pipe = StableDiffusionPipeline.from_pretrained(path, local_files_only=name in EMBEDDED, use_safetensors=True, safety_checker=None, requires_safety_checker=False, dtype=dtype)
     except OSError as error:
         raise OSError(f'{name!r} is no generator: expected one of {", ".join(EMBEDDED)}, a folder in diffusers\' layout (model_index.json) or the hub id of a Stable Diffusion 1.x or 2.x; {error}') from error
     return prepare(pipe, device)
+
+@contextmanager
+def _quiet():
+    "diffusers and transformers say nothing but errors, and draw no bars, while they load."
+    levels = [(m, m.get_verbosity()) for m in (diffusers.utils.logging, transformers.utils.logging)]
+    try:
+        for module, _ in levels: module.set_verbosity_error(); module.disable_progress_bar()
+        yield
+    finally:
+        for module, level in levels: module.set_verbosity(level); module.enable_progress_bar()
 
 def prepare(pipe: StableDiffusionPipeline, device: str | torch.device | None = None) -> StableDiffusionPipeline:
     "Move to a device, freeze, switch to evaluation, silence the inner progress bars."
@@ -53,7 +65,7 @@ def image_size(pipe: StableDiffusionPipeline) -> int:
 
 def fingerprint(pipe: StableDiffusionPipeline) -> str:
     "Digest of every weight and of the schedule: two generators with the same fingerprint draw the same images."
-    h = hashlib.blake2b(repr(sorted(pipe.scheduler.config.items())).encode(), digest_size=8)
+    h = hashlib.blake2b(repr(sorted((k, v) for k, v in pipe.scheduler.config.items() if not k.startswith('_'))).encode(), digest_size=8)
     for network in networks(pipe):
         for key, tensor in sorted(network.state_dict().items()):
             h.update(key.encode()); h.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
@@ -98,6 +110,7 @@ def sample(pipe: StableDiffusionPipeline,
            steps: int = 15,
            guidance: float = 2.,             # 1: none, and half the work
            sampler: str = 'dpm++',           # one of `SAMPLERS`; none of them draws noise on the way
+           negative: str = '',               # prompt to steer away from, where there is guidance
            batch: int = 50,
            progress: bool = False,
           ) -> Tensor:                       # uint8 (n, 3, s, s), s = image_size(pipe)
@@ -109,7 +122,7 @@ def sample(pipe: StableDiffusionPipeline,
     before, pipe.scheduler = pipe.scheduler, kind.from_config(pipe.scheduler.config, **options)
     try:
         distinct = list(dict.fromkeys(prompts))
-        embedded, empty = dict(zip(distinct, embed(pipe, distinct))) if distinct else {}, embed(pipe, [''])
+        embedded, empty = dict(zip(distinct, embed(pipe, distinct))) if distinct else {}, embed(pipe, [negative])
         images = []
         for first in tqdm(range(0, len(seeds), batch), desc='sample', unit='batch', disable=not progress, leave=False):
             part = slice(first, first + batch)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderTiny, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -52,21 +53,21 @@ def textile_data(n: int, size: int = 64, draws: int = 4, seed: int = 0) -> tuple
 class BaseRecipe:
     "How a base generator is built and trained. Everything that can change its weights, besides images and captions."
     size: int = 64                              # side of its images, pixels
-    latent_channels: int = 16                   # of latents 8 times smaller than the images
-    vae_width: int = 48                         # channels of the auto-encoder
-    widths: tuple[int, ...] = (64, 96, 96)      # channels of the U-Net's three levels
+    latent_channels: int = 6                    # of latents 4 times smaller than the images
+    vae_width: int = 32                         # channels of the auto-encoder
+    widths: tuple[int, ...] = (32, 64, 96, 96)  # channels of the U-Net's levels; the first is without attention
     heads: int = 4
     text_width: int = 96
     text_layers: int = 2
     context: int = 16                           # tokens of a prompt
-    vae_steps: int = 3000
+    vae_steps: int = 4000
     vae_batch: int = 32
-    vae_rate: float = 1e-3
-    steps: int = 9000
-    batch: int = 96
+    vae_rate: float = 1.5e-3
+    steps: int = 30000
+    batch: int = 16
     rate: float = 6e-4
     warmup: int = 200
-    cooldown: int = 600                         # last steps, in which the rate falls to zero
+    cooldown: int = 3000                        # last steps, in which the rate falls to zero
     ema: float = .999
     drop: float = .1                            # share of captions replaced by '', for classifier-free guidance
     widen: bool = True                          # the auto-encoder also sees images recoloured and repeated smaller: it should lose little of what it has not seen
@@ -90,17 +91,17 @@ def build_tokenizer(captions: Iterable[str], context: int) -> CLIPTokenizer:
     return CLIPTokenizer(vocab={c: i for i, c in enumerate(dict.fromkeys(entries))}, merges=merges, model_max_length=context)
 
 def build(recipe: BaseRecipe, captions: Sequence[str]) -> StableDiffusionPipeline:
-    "A generator with random weights. Its U-Net has Stable Diffusion's 16 cross-attention layers: 2 in each of 3 levels down, 1 in the middle, 3 in each of 3 levels up."
+    "A generator with random weights. Its U-Net has Stable Diffusion's 16 cross-attention layers: 2 in each of 3 levels down, 1 in the middle, 3 in each of 3 levels up; the level without attention comes first, where Stable Diffusion's comes last."
     torch.manual_seed(derive_seed('loom', recipe.seed))
     tokenizer = build_tokenizer(captions, recipe.context)
     text_encoder = CLIPTextModel(CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=recipe.text_width, intermediate_size=2*recipe.text_width, projection_dim=recipe.text_width, num_hidden_layers=recipe.text_layers,
         num_attention_heads=recipe.heads, max_position_embeddings=recipe.context, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-    width = (recipe.vae_width,)*4
-    vae = AutoencoderTiny(encoder_block_out_channels=width, decoder_block_out_channels=width, latent_channels=recipe.latent_channels, num_encoder_blocks=(1, 2, 2, 2), num_decoder_blocks=(2, 2, 2, 1))
+    width = (recipe.vae_width,)*3
+    vae = AutoencoderTiny(encoder_block_out_channels=width, decoder_block_out_channels=width, latent_channels=recipe.latent_channels, num_encoder_blocks=(1, 2, 2), num_decoder_blocks=(2, 2, 1))
     unet = UNet2DConditionModel(
-        sample_size=recipe.size//8, in_channels=recipe.latent_channels, out_channels=recipe.latent_channels, layers_per_block=2, block_out_channels=recipe.widths,
-        down_block_types=('CrossAttnDownBlock2D',)*3, up_block_types=('CrossAttnUpBlock2D',)*3, cross_attention_dim=recipe.text_width, attention_head_dim=recipe.heads, norm_num_groups=16)
+        sample_size=recipe.size//4, in_channels=recipe.latent_channels, out_channels=recipe.latent_channels, layers_per_block=2, block_out_channels=recipe.widths,
+        down_block_types=('DownBlock2D',) + ('CrossAttnDownBlock2D',)*3, up_block_types=('CrossAttnUpBlock2D',)*3 + ('UpBlock2D',), cross_attention_dim=recipe.text_width, attention_head_dim=recipe.heads, norm_num_groups=16)
     scheduler = DDPMScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', prediction_type='v_prediction', clip_sample=False, steps_offset=1, timestep_spacing='trailing')
     return StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
@@ -192,6 +193,7 @@ def train_unet(pipe: StableDiffusionPipeline, latents: Tensor, captions: Sequenc
     optimizer = torch.optim.AdamW(both.parameters(), lr=recipe.rate, weight_decay=1e-2, fused=True)
     ema = EMAModel(both.parameters(), decay=recipe.ema, use_ema_warmup=True, power=.75)
     noise_schedule = pipe.scheduler
+    if device.type == 'cpu': pipe.unet.set_attn_processor(AttnProcessor())     # on a CPU the fused attention's backward pass in bfloat16 takes as long as all the rest
     def loss(step: int) -> Tensor:
         rng = np.random.default_rng(derive_seed('unet batch', recipe.seed, step))
         at = torch.from_numpy(rng.integers(len(latents), size=recipe.batch))
@@ -200,11 +202,12 @@ def train_unet(pipe: StableDiffusionPipeline, latents: Tensor, captions: Sequenc
         x = latents[at].to(device, torch.float32)
         t = torch.randint(0, noise_schedule.config.num_train_timesteps, (recipe.batch,), device=device)
         noise = torch.randn_like(x)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda'):
+        with torch.autocast(device.type, torch.bfloat16):
             predicted = pipe.unet(noise_schedule.add_noise(x, noise, t), t, pipe.text_encoder(prompt)[0]).sample
         return F.mse_loss(predicted.float(), noise_schedule.get_velocity(x, noise, t))
     account = _steps('unet', both, optimizer, _plateau(optimizer, recipe.steps, recipe.warmup, recipe.cooldown), recipe.steps, folder, loss, ema)
     ema.copy_to(both.parameters())
+    pipe.unet.set_attn_processor(AttnProcessor2_0())
     return account
 
 # %% ../nbs/10b_loom.ipynb #a242db32

@@ -9,7 +9,7 @@ from lthash import loom
 from lthash.generators import embed, fingerprint, image_size, load, sample, to_images, to_latents, tokens
 
 CAPTIONS = ['a photo of a red floral fabric', 'a large star cloth on a blue ground']
-SMALL = loom.BaseRecipe(size=32, vae_width=8, widths=(16, 16, 16), heads=2, text_width=16, text_layers=1, vae_steps=4, vae_batch=4, steps=5, batch=4, warmup=2, cooldown=2)
+SMALL = loom.BaseRecipe(size=32, vae_width=8, widths=(16, 16, 16, 16), heads=2, text_width=16, text_layers=1, vae_steps=4, vae_batch=4, steps=5, batch=4, warmup=2, cooldown=2)
 
 def images(n=24): return torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 def captions(n=24): return [[CAPTIONS[(i + d) % 2] for i in range(n)] for d in range(2)]
@@ -46,11 +46,11 @@ def test_loads_offline_and_draws_by_seed(trained):
 def test_latents_are_scaled_and_prompts_padded(trained):
     pipe = load(str(trained), device='cpu')
     latents = to_latents(pipe, images(8))
-    assert latents.shape == (8, 8, 4, 4)
+    assert latents.shape == (8, 6, 8, 8)
     assert .5 < to_latents(pipe, images()).std() < 2         # scaling_factor = 1/deviation over the training images
     assert to_images(pipe, latents).shape == (8, 3, 32, 32)
     assert tokens(pipe, ['a']).shape == (1, 16) and embed(pipe, ['a', CAPTIONS[0]]).shape == (2, 16, 16)
-    assert to_latents(pipe, torch.zeros(1, 3, 50, 50, dtype=torch.uint8)).shape == (1, 8, 4, 4)     # any size
+    assert to_latents(pipe, torch.zeros(1, 3, 50, 50, dtype=torch.uint8)).shape == (1, 6, 8, 8)     # any size
 
 def test_missing_and_wrong_generators_say_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr('lthash.generators.project_data', lambda: tmp_path)
