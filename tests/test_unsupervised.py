@@ -164,13 +164,15 @@ def test_dsch_memberships_are_the_mixtures(store):
     kept = net.means.clone()
     net.start_epoch(clean, 1)
     assert torch.equal(kept, net.means)                                    # not the turn of the mixture
-    h = net.still(clean[:5]).numpy()
+    h = net.head[1:](clean[:5]).tanh().detach().numpy()                     # before a step, the head is the one of the E step
     density = np.stack([w.item()*stats.multivariate_normal(m.numpy(), np.diag(c.numpy())).pdf(h) for m, c, w in zip(net.means, net.spread, net.prior)], 1)
     p = density/density.sum(1, keepdims=True)
     p = p/np.linalg.norm(p, axis=1, keepdims=True)
     fine, coarse = net.memberships(clean[:5])
     assert np.allclose(fine, p, atol=1e-6)
     assert np.allclose(coarse, np.stack([p[:, net.member[:, c].bool().numpy()].sum(1) for c in range(3)], 1), atol=1e-6)
+    with torch.no_grad(): net.head[1].weight.mul_(-1)
+    assert torch.equal(net.memberships(clean[:5])[0], fine)                 # codes move, memberships stay until the next E step
     few = make_method('DSCH', store.width, 8)                              # 1000 components of 360 images: as many as there is data for
     few.start_epoch(store.clean_train(), 0)
     assert (few.prior > 0).sum() <= 360//5 and torch.isfinite(few.loss(batch_of(store)))
