@@ -19,7 +19,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
 from lthash import datasets, gate, generation, generators, trials
 from lthash.runs import device_name
-from personalization import quiet, seconds, untrained
+from personalization import seconds, untrained
 
 STEPS, GUIDANCE, BATCH = 50, 7.5, 8   # published
 
@@ -52,7 +52,6 @@ def main():
     parser.add_argument('--random', action='store_true', help='random weights in place of --generator')
     parser.add_argument('--device')
     a = parser.parse_args()
-    quiet()
     torch.set_num_threads(a.threads)
     if a.device: os.environ['LTHASH_DEVICE'] = a.device
     with tempfile.TemporaryDirectory() as folder:

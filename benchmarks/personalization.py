@@ -5,13 +5,12 @@
 The peer is written here after a reading of the published code; no line of it is copied. `HABITS` says what it does otherwise than lthash. U-Net, augmented images, noise, timesteps, loss and AdamW's numbers are the same for both; that the
 losses agree is asserted at every step. A step of each, in turns; what lthash does once for a class is measured as well and counts.
 """
-import argparse, io, platform, subprocess, sys, tempfile, time, warnings
+import argparse, io, platform, subprocess, sys, tempfile, time
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-import diffusers
 import numpy as np
 import psutil
 import torch
@@ -31,7 +30,7 @@ from lthash.stages import METHODS, TRAINS, Method, Stage, views
 CATEGORY, TOKEN = 'floral fabric', placeholder(0)
 HABITS = {
     'images': 'decoded and augmented by the training process at every step',
-    'encoding': 'the auto-encoder runs at every step',
+    'encoding': 'the auto-encoder runs at every step (without this habit, nothing is decoded and augmented either)',
     'text': 'a prompt for every image is read and encoded at every step',
     'self-attention': 'its probabilities are written out too',
     'regulariser': 'maps put together token by token, moments of all tokens, compared image by image',
@@ -68,7 +67,7 @@ class Pictures:
     def draw(self, chosen) -> Tensor:                                  # -> (n, 3, s, s) in [-1, 1]
         drawn = []
         for i in chosen:
-            torch.manual_seed(int(i))
+            torch.default_generator.manual_seed(int(i))
             drawn.append(self.augment(Image.open(io.BytesIO(self.files[int(i)//self.views])).convert('RGB')))
         return torch.stack(drawn)
 
@@ -115,8 +114,8 @@ class Published:
 
     def step(self, chosen: Tensor, noise: Tensor, timesteps: Tensor) -> float:
         stage, text = self.stage, self.embedded(len(chosen))
-        pixels = self.pictures.draw(chosen) if self.pixels is None else self.pixels[chosen]
-        x = self.encode(pixels) if self.latents is None else self.latents[chosen]
+        if self.latents is None: x = self.encode(self.pictures.draw(chosen) if self.pixels is None else self.pixels[chosen])
+        else: x = self.latents[chosen]
         self.kept.clear()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == 'cuda'): predicted = self.pipe.unet(self.schedule.add_noise(x, noise, timesteps), timesteps, text).sample.float()
         loss = F.mse_loss(predicted, noise if self.schedule.config.prediction_type == 'epsilon' else self.schedule.get_velocity(x, noise, timesteps)) + self.apart()
@@ -178,14 +177,9 @@ def recipe(a) -> Method:
 
 def untrained(folder: str) -> str:
     "The embedded generator with random weights: a step takes the same time."
+    transformers.utils.logging.disable_progress_bar()
     loom.build(loom.LOOM, [textiles.caption(textiles.textile(i)) for i in range(2000)]).save_pretrained(folder)
     return folder
-
-
-def quiet():
-    "Loading a generator comes with bars and notes; leave them out of the output."
-    warnings.filterwarnings('ignore', category=FutureWarning)
-    for library in (diffusers, transformers): library.utils.logging.set_verbosity_error(); library.utils.logging.disable_progress_bar()
 
 
 def seconds(function, *arguments) -> tuple[tuple[float, float], float]:
@@ -221,7 +215,6 @@ def main():
     parser.add_argument('--no-memory', action='store_true')
     parser.add_argument('--measure', nargs=2, help=argparse.SUPPRESS)  # in a child: the memory of one side in one stage
     a = parser.parse_args()
-    quiet()
     torch.set_num_threads(a.threads)
     if a.measure:
         with ready(a, int(a.measure[1]), None if a.measure[0] == 'lthash' else frozenset(HABITS)) as step: print(extra_megabytes(lambda: [step(k) for k in range(3)], pick_device(a.device)))

@@ -29,8 +29,7 @@ def run(a, folder: str):
     import torch
     from lthash import generation, generators, trials
     from lthash.runs import device_name
-    from personalization import quiet, untrained
-    quiet()
+    from personalization import untrained
     torch.set_num_threads(a.threads)
     parts, last = {'start of python, imports': time.time() - BEGIN}, time.perf_counter()
     def done(part: str):

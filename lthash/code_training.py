@@ -173,8 +173,8 @@ def train_codes(net: Method,
             optimizer.step()
         net.after_step(batch)
         recent.append(values[0].detach()); step += 1; bar.update()
-        if (step % every == 0 or step == steps or step in look) and not math.isfinite(now := values[0].item()):
-            raise FloatingPointError(f'{title}: the loss is {now} at step {step} of {steps}; lower the rate (it is {recipe.rate:.2g})')
+        if (step % every == 0 or step == steps or step in look) and not all(p.isfinite().all() for p in net.parameters()):
+            raise FloatingPointError(f'{title}: weights are not finite after step {step} of {steps} (loss {values[0].item():.3g}); lower the rate (it is {recipe.rate:.2g})')
         if step % every == 0 or step == steps:
             losses.append(torch.stack(recent).mean().item()); recent = []
         if step in look:

@@ -169,3 +169,17 @@ def test_end_to_end_from_list_files_to_map(folder):
     def score(codes): return mean_average_precision(codes[split.query], labels[split.query], codes[split.database], labels[split.database], k=50)
     random = score(pack(torch.randn(len(data), labels.shape[1], generator=torch.Generator().manual_seed(0))))
     assert score(pack(detect)) > random + .2 and abs(random - relevant_share(data.labels[split.query], data.labels[split.database])) < .1
+
+
+def test_a_method_trains_on_a_multi_label_folder(folder, monkeypatch):
+    "List files, decoding, frozen features, views, training, mAP: the whole way of the unsupervised tables."
+    from lthash.contrastive import CodeTrial, run_code_trial
+    from lthash.views import Setting, feature_store
+    monkeypatch.setenv('LTHASH_HOME', str(folder/'home'))
+    write_sample(folder/'flickr25k', 'flickr25k', 120)
+    setting = Setting('flickr25k', 'alexnet-small', 'random', size=32, views=2)
+    store = feature_store(setting)
+    assert store.labels.shape == (120, 24) and store.split.name == 'bscdh-flickr25k'
+    for method, epochs in (('ITQ', 0), ('SDC', 2)):
+        found = run_code_trial(CodeTrial(method, 16, 0, setting, epochs, checks=1), store)
+        assert 0 < found['mAP'] <= 1 and found['database'] == len(store.split.database)

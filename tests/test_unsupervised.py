@@ -250,7 +250,7 @@ def baselines(store):
 def test_training_beats_random_codes_and_lsh_where_the_paper_says_so(name, store, baselines):
     net = make_method(name, store.width, 16)
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    recipe = Recipe(passes=60*360, batch=64, rate=1e-3, optimizer='adam', weight_decay=0., schedule='constant', augmentation='views')
+    recipe = Recipe(passes=40*360, batch=64, rate=1e-3, optimizer='adam', weight_decay=0., schedule='constant', augmentation='views')
     history = train_codes(net, store, recipe, checks=4)
     assert all(math.isfinite(l) for l in history['losses']) and any((v != before[k]).any() for k, v in net.state_dict().items())
     random, lsh = baselines
