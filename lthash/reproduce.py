@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'LIBRARIES', 'Job', 'surroundings', 'load', 'record', 'forget', 'survey', 'Driver', 'reproduce', 'refresh',
-           'status', 'main']
+           'status', 'train_loom', 'main']
 
 # %% ../nbs/09_reproduce.ipynb #34ef1da3
 import argparse, ast, json, multiprocessing, os, platform, re, signal, sys, threading, time
@@ -260,16 +260,22 @@ def status(profile: str = 'cpu', out: str | None = None, notebooks: str | None =
                   + (f"\nfinished trials in {home/'runs'}: " + ', '.join(f'{stage} {n}' for stage, n in trials.items()) if trials else ''))
     return 0
 
+def train_loom(out: str | None = None, images: int = 100_000) -> int:
+    "Train the embedded base generator."
+    from lthash.loom import train_loom      # here, not above: diffusers takes seconds to import
+    train_loom(out, images)
+    return 0
+
 def main(arguments: list[str] | None = None) -> int:
     "The command `lthash`."
     parser = argparse.ArgumentParser('lthash', description='Reproduce the figures and tables of two papers on deep hashing for image retrieval.')
     parser.add_argument('--version', action='version', version=f'lthash {lthash.__version__}')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     def command(function, *options, **about):
-        sub = commands.add_parser(function.__name__, description=about['help'], **about)
+        sub = commands.add_parser(function.__name__.replace('_', '-'), description=about['help'], **about)
         sub.set_defaults(function=function)
         for name, settings in options: sub.add_argument(name, **settings)
-        sub.add_argument('--notebooks', metavar='FOLDER', help='other notebooks than nbs/ of the clone')
+        if function is not train_loom: sub.add_argument('--notebooks', metavar='FOLDER', help='other notebooks than nbs/ of the clone')
     shared = (('--profile', dict(choices=PROFILES, default='cpu', help='; '.join(f'{k}: {v}' for k, v in PROFILES.items()))),
               ('--out', dict(metavar='FOLDER', help='figures, tables, results.csv and index.html go here (default: reports/ in the clone)')))
     command(reproduce, *shared,
@@ -278,6 +284,9 @@ def main(arguments: list[str] | None = None) -> int:
             ('--dry-run', dict(action='store_true', help='say what would run')), help='run the notebooks that are not done yet')
     command(status, *shared, help='show what is done and what is left')
     command(refresh, ('only', dict(nargs='*', metavar='NN', help='only these notebooks')), help='for maintainers: store new outputs of profile cpu in nbs/')
+    command(train_loom, ('--out', dict(metavar='FOLDER', help='the generator goes here (default: data/loom of the clone)')),
+            ('--images', dict(type=int, default=100_000, metavar='N', help='textiles to render and train on (default: 100,000)')),
+            help='train the embedded text-to-image generator from nothing: two to three hours on two CPU cores; a killed training continues')
     options = vars(parser.parse_args(arguments))
     options.pop('command')
     try: return options.pop('function')(**options)

@@ -1,0 +1,185 @@
+"Plans as values, stages that are done once, images that are never shared between pretraining and balancing, and a folder that anyone can train on."
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+
+from lthash import augmentation, datasets, gate, generation, generators, loom, longtail, trials
+from lthash.augmentation import Augmented, Plan, Source, augment, augmented_set, cell_codes, class_counts, costs, mixed, representatives, run_cells, synthetic_images
+from lthash.training import Recipe
+
+TINY = trials.Trial(size=32, recipe=Recipe(passes=64, batch=32, rate=2e-3, augmentation='none'), train_per_class=12, val_per_class=2, imbalance='natural')
+QUICK = dict(method='textual inversion', scale=.003, shots=3, steps=2, batch=4, guidance=1.)
+
+@pytest.fixture(scope='module')
+def pipe():
+    pipe = generators.prepare(loom.build(loom.BaseRecipe(size=32, vae_width=16, widths=(16, 32, 32, 32), text_width=32), ['a photo of a floral fabric']))
+    pipe.scheduler.register_to_config(prediction_type='sample')
+    return pipe
+
+@pytest.fixture(autouse=True)
+def generator(pipe, monkeypatch):
+    fingerprint = generators.fingerprint(pipe)
+    monkeypatch.setattr(generation, 'shared_generator', lambda name: (pipe, fingerprint))
+
+def augmented(source={}, **plan): return Augmented.of(TINY, {'pretrain': 2, 'balance': 4, 'exam': 64, 'personalised': ('tail',), **plan}, **{**QUICK, **source})
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 200), min_size=2, max_size=30), st.integers(0, 50), st.one_of(st.none(), st.integers(1, 250)), st.floats(.05, 1.))
+def test_a_plan_balances_and_draws_enough(counts, pretrain, balance, keep):
+    plan, counts = Plan(pretrain=pretrain, balance=balance, keep=keep), np.array(counts)
+    wanted = plan.wanted(counts)
+    assert (wanted['pretrain'] == pretrain).all() and (wanted['balance'] >= 0).all()
+    total, level = counts + wanted['balance'], counts.max() if balance is None else balance
+    assert (total == np.maximum(counts, level)).all() and (balance is not None or len(set(total)) == 1)
+    drawn = plan.drawn(wanted['balance'])
+    kept = np.array([max(1, round(keep*n)) if n else 0 for n in drawn])
+    assert (kept >= wanted['balance']).all()
+
+def test_bad_plans_are_named():
+    for bad, words in (dict(pretrain=-1), 'counts'), (dict(share=0.), 'share'), (dict(keep=1.5), 'keep'), (dict(personalised=('rare',)), 'groups are'), (dict(pretrain=0, balance=0), 'plain Trial'):
+        with pytest.raises(ValueError, match=words): Plan(**bad)
+    with pytest.raises(ValueError, match='regulariser'): Source(regulariser='max')
+    with pytest.raises(ValueError, match='has 3 stages'): Source(stages=4)
+    with pytest.raises(ValueError, match='another data set .*train_per_class'): Augmented(train_per_class=7)
+
+def test_every_ablation_is_another_identity():
+    base = augmented()
+    others = [augmented(pretrain=0), augmented(balance=0), augmented(pretrain=3), augmented(share=.25), augmented(keep=.5), augmented(personalised=('head', 'tail')),
+              *(augmented(source) for source in (dict(method='attndreambooth', stages=1), dict(method='attndreambooth', stages=2), dict(method='attndreambooth'), dict(method='attndreambooth', regulariser='off'),
+                                                 dict(method='attndreambooth', regulariser='sum'), dict(shots=2), dict(guidance=3.), dict(seed=1), dict(method='prompt')))]
+    identities = [augmentation.digest(augmentation.augmented_config(t)) for t in (base, *others)]
+    assert len(set(identities)) == len(identities)
+    assert augmentation.digest(augmentation.augmented_config(augmented(strict=True))) == identities[0]       # strictness changes no number
+
+def test_regulariser_and_stages_change_the_recipe_only_where_they_say():
+    full = Source(method='attndreambooth')
+    assert full.recipe == generation.Synthetic(method='attndreambooth').recipe
+    assert Source(stages=2).recipe.stages == full.recipe.stages[:2]
+    assert {s.reduction for s in Source(regulariser='sum').recipe.stages} == {'sum'}
+    off = Source(regulariser='off').recipe
+    assert not any(s.regularised for s in off.stages) and [s.steps for s in off.stages] == [s.steps for s in full.recipe.stages]
+
+def test_pretraining_and_balancing_share_no_image_and_classes_fill_up():
+    trial = augmented(pretrain=3, balance=6)
+    data = trials.load_data(trial)
+    chosen, counts = trials.training_set(replace(TINY, regime='long-tail'), data)
+    wanted = trial.plan.wanted(counts)
+    early = synthetic_images(trial, data, chosen, counts, wanted['pretrain'])
+    late = synthetic_images(trial, data, chosen, counts, wanted['balance'], wanted['pretrain'])
+    assert (torch.bincount(early[1]) == 3).all()
+    images, labels = mixed(data.images[chosen], data.labels[chosen], *late)
+    assert (torch.bincount(labels).numpy() == np.maximum(counts, 6)).all() and torch.equal(images[:len(chosen)], data.images[chosen])
+    seen = {x.numpy().tobytes() for x in early[0]}
+    assert len(seen) > len(early[0])//2 and not any(x.numpy().tobytes() in seen for x in late[0])
+
+def test_only_the_named_groups_are_taught(monkeypatch):
+    taught, original = [], generation.class_concept
+    monkeypatch.setattr(generation, 'class_concept', lambda config, c, *a: taught.append((config.method, c)) or original(config, c, *a))
+    trial = augmented()
+    data = trials.load_data(trial)
+    chosen, counts = trials.training_set(replace(TINY, regime='long-tail'), data)
+    synthetic_images(trial, data, chosen, counts, np.ones(20, int))
+    tail = set(longtail.groups(counts)['tail'].tolist())
+    assert {c for m, c in taught if m != 'prompt'} == tail and {c for m, c in taught if m == 'prompt'} == set(range(20)) - tail
+    taught.clear()
+    synthetic_images(trial, data, chosen, counts, np.arange(20) == 0)
+    assert [c for _, c in taught] == [0]                                    # what wants no image is not personalised
+
+def test_a_filter_keeps_the_count(monkeypatch):
+    trial = augmented(keep=.4)
+    monkeypatch.setattr(gate, 'tail_network', lambda trial: gate.hashing.HashNet(gate.SmallCNN(), torch.nn.Linear(64, 20)).eval())
+    data = trials.load_data(trial)
+    chosen, counts = trials.training_set(replace(TINY, regime='long-tail'), data)
+    n = np.arange(20) % 4
+    _, labels = synthetic_images(trial, data, chosen, counts, n)
+    assert torch.bincount(labels, minlength=20).tolist() == n.tolist()
+
+def test_stages_budget_rows_and_resuming(monkeypatch):
+    shown, original = [], augmentation.train
+    def count(net, loss, images, labels, recipe, *a, **k):
+        shown.append((recipe.passes, len(labels)))
+        if stop and len(shown) == 2: raise KeyboardInterrupt
+        return original(net, loss, images, labels, recipe, *a, **k)
+    monkeypatch.setattr(augmentation, 'train', count)
+    trial, stop = replace(augmented(), recipe=replace(TINY.recipe, passes=96)), True
+    with pytest.raises(KeyboardInterrupt): run_cells([trial], 'table1')
+    stop = False
+    rows = run_cells([trial], 'table1')
+    assert [p for p, _ in shown] == [48, 48, 48] and shown[0][1] == 40 and shown[1] == shown[2]      # the pretraining was not done again
+    monkeypatch.setattr(generation, 'generate', lambda *a, **k: pytest.fail('drawn again'))
+    assert run_cells([trial], 'table1') == rows and len(shown) == 3
+    assert {r['variant'] for r in rows} == {'textual-inversion'} and {r['group'] for r in rows} == set(trials.GROUPS) and {r['protocol'] for r in rows} == set(trials.PROTOCOLS)
+    note = rows[0]['note']
+    assert '96 image passes' in note and 'gate ' in note and 'PASSED' in note and 'personalised: tail' in note and 'loom for Stable Diffusion' in rows[0]['substitutes']
+    assert cell_codes(trial).shape == (len(trials.load_data(trial)), 4)
+    monkeypatch.undo(); monkeypatch.setattr(generation, 'shared_generator', lambda name: (None, 'another'))
+    assert augmentation.augmented_config(trial)['fingerprint'] == 'another'                          # another generator is another trial
+
+def test_a_strict_plan_refuses_before_training(monkeypatch):
+    monkeypatch.setattr(gate, 'cas', lambda *a, **k: {'accuracy': 0., 'class accuracy': {}, 'confusion': (np.ones((20, 20))/20).tolist(), 'classes': list(range(20)), 'tested': 20, 'images': 40})
+    monkeypatch.setattr(augmentation, 'train', lambda *a, **k: pytest.fail('trained on images that failed'))
+    with pytest.raises(gate.Unfit, match='NOT PASSED'): augmentation.run_augmented(augmented(dict(seed=5), strict=True))
+
+def test_several_labels_an_image(pipe):
+    torch.manual_seed(0)
+    labels = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1], [1, 0, 0], [0, 1, 1]])
+    assert class_counts(labels, 3).tolist() == [4, 2, 2]
+    assert representatives(labels, 0, 2).tolist() == [0, 3]                  # the purest first
+    data = datasets.ImageSet('several', 32, torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8), labels, torch.zeros(5, dtype=torch.int8), tuple('abcde'), ('x', 'y', 'z'), ('fabric',)*3)
+    images, numbers = augmented_set(data, torch.arange(5), generation.Synthetic(**{**QUICK, 'size': 32}), progress=False)
+    assert torch.bincount(numbers, minlength=3).tolist() == [0, 2, 2]
+    x, y = mixed(data.images, labels, images, numbers)
+    assert y.sum(0).tolist() == [4, 4, 4] and y.shape == (9, 3) and y[5:].sum(1).tolist() == [1]*4 and len(x) == 9
+    net, loss = augmentation.hashing.build('orthohash', 'alexnet-small', 'random', 32, 3, 32)
+    assert len(augmentation.in_turn(TINY, net, loss, x, y, 64, None, 'several')['losses'])
+
+@pytest.fixture
+def photos(tmp_path):
+    rng = np.random.default_rng(0)
+    for part, counts in dict(train=(6, 3, 1), val=(2, 2, 2)).items():
+        for name, n in zip(('cloud', 'floral', 'wave'), counts):
+            (tmp_path/'photos'/part/name).mkdir(parents=True)
+            for i in range(n): Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path/'photos'/part/name/f'{i}.png')
+    return tmp_path/'photos'
+
+OPTIONS = dict(method='textual inversion', scale=.003, shots=3, steps=2, exam=64, category='fabric', progress=False)
+
+def test_a_folder_becomes_balanced_and_loads_again(photos, tmp_path, monkeypatch):
+    made = augment(f'folder:{photos}', str(tmp_path/'out'), **OPTIONS)
+    before, after = datasets.load(f'folder:{photos}', 32), datasets.load(f'folder:{made}', 32)
+    train = after.labels[after.parts == datasets.TRAIN]
+    assert torch.bincount(train).tolist() == [6, 6, 6] and int((after.parts == datasets.VAL).sum()) == 6
+    record = json.loads((made/'augmentation.json').read_text())
+    assert record['classes']['wave'] == {'real': 1, 'synthetic': 5, 'files': 'the first 1 are real'} and 'gate' in record['gate']
+    held = lambda d: {x.numpy().tobytes() for x in d.images[d.parts == datasets.VAL]}
+    assert held(before) == held(after)                                       # untouched
+    files = {p: p.stat().st_mtime_ns for p in made.glob('**/*.png')}
+    (next(iter(files))).unlink()
+    monkeypatch.setattr(augmentation, 'personalize', lambda *a, **k: pytest.fail('personalised again'))
+    augment(f'folder:{photos}', str(made), **OPTIONS)
+    assert {p for p in made.glob('**/*.png')} == set(files) and sum(p.stat().st_mtime_ns != t for p, t in files.items()) == 1
+
+def test_folders_that_would_mix_are_refused(photos, tmp_path):
+    with pytest.raises(ValueError, match='lies inside the folder'): augment(f'folder:{photos}', str(photos/'train'), **OPTIONS)
+    (tmp_path/'full').mkdir(); (tmp_path/'full'/'x.txt').write_text('mine')
+    with pytest.raises(ValueError, match='holds other files'): augment(f'folder:{photos}', str(tmp_path/'full'), **OPTIONS)
+    (tmp_path/'old').mkdir(); (tmp_path/'old'/'augmentation.json').write_text('{"settings": {"seed": 9}}')
+    with pytest.raises(ValueError, match='other settings .*seed'): augment(f'folder:{photos}', str(tmp_path/'old'), **OPTIONS)
+
+def test_costs_count_shared_work_once():
+    counts = np.array([48, 12, 6, 1])
+    trial = replace(TINY, dataset='imagenette', train_per_class=None, val_per_class=None)
+    cells = [trial, Augmented.of(trial, dict(pretrain=10), **QUICK), Augmented.of(replace(trial, bits=64), dict(pretrain=10), **QUICK), Augmented.of(replace(trial, bits=64), dict(pretrain=30), **QUICK)]
+    table = costs(cells, counts, 1e10)
+    synthetic = 4*10 + 3*48 - 19
+    assert table['synthetic images'].tolist() == [0, synthetic, synthetic, synthetic + 80]
+    hours = table['generator (h)']
+    assert hours[0] == hours[2] == 0 < hours[1]
+    assert hours[3] == pytest.approx(80*2*augmentation.unet_flops('loom')/1e10/3600)
+    assert (table['training (h)'] == table['training (h)'][0]).all()          # equal budgets
+    assert table['needs'][1] == 'imagenette, loom'
