@@ -28,7 +28,7 @@ def methods_table(rows: pd.DataFrame,               # of one table, protocol 'pa
     sets, bits = rows.dataset.unique(), sorted(rows.bits.unique())
     lines = []
     for method in [*rows.method.unique(), *(m for m in not_run if any(m == k[1] for k in paper))]:
-        line = {'method': method, 'what': 'reported, not run' if method in not_run else f"{int(ours.xs(method, level='method').seeds.max())} seeds"}
+        line = {'method': method, 'what': 'reported, not run' if method in not_run else f"{(n := int(ours.xs(method, level='method').seeds.max()))} seed{'s'*(n > 1)}"}
         for dataset in sets:
             against = dataset if any(k[0] == dataset for k in paper) else 'cifar10'    # a stand-in is set beside the paper's CIFAR-10
             for b in bits:

@@ -118,8 +118,8 @@ def encode_features(net: Method, clean: Tensor, batch: int = 4096) -> np.ndarray
     return np.concatenate(codes)
 
 def validation_map(net: Method, data: Features, k: int | None = 5000) -> float:
-    "mAP@k of the validation images among the training part; never a query."
-    part = data.split.validation, data.split.train
+    "mAP@k of the validation images among the images trained on; never a query."
+    part = data.split.validation, data.train
     labels = data.labels.numpy()
     codes = [encode_features(net, data.clean[p]) for p in part]
     return retrieval.mean_average_precision(codes[0], labels[part[0]], codes[1], labels[part[1]], k=k)

@@ -27,7 +27,7 @@ FLICKR24 = ('animals', 'baby', 'bird', 'car', 'clouds', 'dog', 'female', 'flower
             'sea', 'sky', 'structures', 'sunset', 'transport', 'tree', 'water')
 FLICKR38 = tuple(sorted((*FLICKR24, *(f'{c}_r1' for c in ('baby', 'bird', 'car', 'clouds', 'dog', 'female', 'flower', 'male', 'night', 'people', 'portrait', 'river', 'sea', 'tree')))))
 NUS21 = ('animal', 'beach', 'buildings', 'clouds', 'flowers', 'grass', 'lake', 'mountain', 'ocean', 'person', 'plants', 'reflection', 'road', 'rocks', 'sky', 'snow', 'sunset',
-         'tree', 'vehicle', 'water', 'window')   # the most frequent 21 of the 81 concepts
+         'tree', 'vehicle', 'water', 'window')   # the most frequent 21 of the 81 concepts, as hashing repositories list them: 195,834 images have one of these, 209,347 one of the 81
 
 @dataclass(frozen=True)
 class Collection:

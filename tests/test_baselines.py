@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from lthash import augmentation, baselines, hashing, trials
-from lthash.baselines import TECHNIQUES, Baseline, Blended, LogitAdjusted, Selection, Views, Weighted, best_cheap, comparison_table, duplicated, effective_weights, paired_bootstrap, resampled, smote, verdict
+from lthash import augmentation, baselines, hashing, studies, trials, verdicts
+from lthash.baselines import TECHNIQUES, Baseline, Blended, LogitAdjusted, Selection, Views, Weighted, duplicated, effective_weights, resampled, smote
+from lthash.verdicts import best_cheap, comparison_table, contrast, contrast_table, paired_bootstrap, verdict
 from lthash.training import Recipe, batch_indices
 
 TINY = trials.Trial(size=32, recipe=Recipe(passes=64, batch=32, rate=2e-3, augmentation='none'), train_per_class=12, val_per_class=2, imbalance='natural', bits=32)
@@ -103,12 +104,12 @@ def test_every_technique_trains_within_the_budget_and_leaves_rows(technique, mon
     def count(net, loss, images, labels, recipe, *a, **k): shown.append(recipe.passes); return original(net, loss, images, labels, recipe, *a, **k)
     monkeypatch.setattr(augmentation, 'train', count); monkeypatch.setattr(baselines, 'train', count)
     cell = Baseline.of(replace(TINY, recipe=replace(TINY.recipe, passes=64 + list(TECHNIQUES).index(technique))), technique)
-    rows = augmentation.run_cells([cell], 'baselines')
+    rows = studies.run_cells([cell], 'baselines')
     assert sum(shown) == cell.recipe.passes
-    assert len(rows) == 8 and {r['variant'] for r in rows} == {technique} and all(0 < r['value'] <= 100 for r in rows) and f'{cell.recipe.passes} image passes' in rows[0]['note']
+    assert len(rows) == 9 and [r['protocol'] for r in rows].count('validation') == 1 and {r['variant'] for r in rows} == {technique} and all(0 < r['value'] <= 100 for r in rows) and f'{cell.recipe.passes} image passes' in rows[0]['note']
     shown.clear()
-    assert augmentation.run_cells([cell], 'baselines') == rows and not shown             # from disk
-    assert len(augmentation.cell_codes(cell)) == len(trials.load_data(cell))
+    assert studies.run_cells([cell], 'baselines') == rows and not shown             # from disk
+    assert len(studies.cell_codes(cell)) == len(trials.load_data(cell))
 
 def test_frozen_features_do_not_move():
     cell = Baseline.of(TINY, 'decoupled re-training')
@@ -159,8 +160,41 @@ def test_table_arithmetic_beside_the_paper():
     nothing_lost = comparison_table(rows_of({'balanced': 20., 'long-tail': 20., 'attndreambooth': 50.}), 'table1').set_index('trained on')
     assert nothing_lost.loc['attndreambooth', 'won back'] == '–'
 
-def test_verdict_words_and_best():
-    line = lambda low, high: dict(claim='a before b', comparison='x', seeds=1, difference=(low + high)/2, low=low, high=high, p=.5)
+def test_verdict_words():
+    line = lambda low, high: dict(claim='a before b', comparison='x', difference=(low + high)/2, low=low, high=high, p=.5)
     for pair, word in (((1, 2), (3, 4)), 'holds'), (((1, 2), (-3, 4)), 'holds in part'), (((-1, 2), (-3, 4)), 'is not shown'), (((-2, -1), (-4, -3)), 'is reversed'):
         assert f'**{word}**' in verdict(pd.DataFrame([line(*p) for p in pair]))
-    assert best_cheap(rows_of({'mixup': 30., 'SMOTE': 31., 'extra real images': 90., 'duplicates': 80.})) == 'SMOTE'
+
+def test_the_cheap_remedy_is_chosen_on_validation_images_and_never_on_queries():
+    queries = rows_of({'mixup': 30., 'SMOTE': 31., 'LTHNet': 70., 'extra real images': 90., 'duplicates': 80.}).assign(protocol='paper')
+    held = rows_of({'mixup': 41., 'SMOTE': 40., 'LTHNet': 12., 'extra real images': 90., 'duplicates': 80.}).assign(protocol='validation')
+    assert best_cheap(pd.concat([queries, held])) == 'mixup'
+    with pytest.raises(ValueError, match='validation'): best_cheap(queries)
+
+def test_validation_images_are_no_queries_and_their_measure_is_that_of_the_codes():
+    cell = Baseline.of(replace(TINY, seed=3), 'duplicates')
+    measured = cell.run()['validation']['mAP']
+    data, codes = trials.load_data(cell), cell.codes()
+    part, labels = trials.datasets.retrieval_split(data, 'paper'), data.labels.numpy()
+    assert not set(part.validation.tolist()) & (set(part.query.tolist()) | set(part.train.tolist()))
+    bits = lambda at: np.unpackbits(codes[at], axis=1).astype(int)
+    distance = (bits(part.validation)[:, None] != bits(part.train)[None]).sum(2)
+    def ap(d, relevant):                                       # ties in expectation, by brute force over random orders
+        rng, found = np.random.default_rng(0), []
+        for _ in range(300):
+            hit = relevant[np.lexsort((rng.random(len(d)), d))]
+            found.append((np.cumsum(hit)/np.arange(1, len(hit) + 1))[hit].mean())
+        return np.mean(found)
+    brute = np.mean([ap(d, labels[part.train] == y) for d, y in zip(distance, labels[part.validation])])
+    assert abs(measured - brute) < .01
+
+def test_a_comparison_goes_through_rows_and_back(tmp_path):
+    a, b = ([replace(Baseline.of(TINY, name), seed=s) for s in (0, 1)] for name in ('duplicates', 'resampling'))
+    for cell in (*a, *b): cell.run()
+    rows = pd.DataFrame(contrast('copies are better', 'silk', a, b) + contrast('copies are worse', 'silk', b, a))
+    rows.to_csv(tmp_path/'rows.csv', index=False)
+    table = contrast_table(pd.read_csv(tmp_path/'rows.csv')).set_index('claim')
+    mean = lambda cells: np.mean([verdicts.query_ap(c).mean() for c in cells])
+    assert table.loc['copies are better', 'difference'] == pytest.approx(100*(mean(a) - mean(b)), abs=1e-3) == pytest.approx(-table.loc['copies are worse', 'difference'], abs=1e-3)
+    assert (table.low <= table.difference).all() and (table.difference <= table.high).all() and table.p.between(0, 1).all()
+    with pytest.raises(ValueError, match='as many seeds'): contrast('x', 'silk', a, b[:1])

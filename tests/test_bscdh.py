@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-from lthash.bscdh import BSCDH, LAMBDA_B, coefficients, correction, preset_centres
-from lthash.contrastive import Batch, InfoNCE, info_nce, make_method
+from lthash.bscdh import LAMBDA_B, coefficients, correction, hardest_first, preset_centres
+from lthash.contrastive import Batch, info_nce, make_method
 
 def problem(seed, b=5, m=40, bits=16, centres=16):
     g = torch.Generator().manual_seed(seed)
@@ -47,6 +47,24 @@ def test_loss_is_the_papers(seed, variant, share, floor, temperature):
     positive = torch.linspace(-.5, .9, len(similarity), dtype=torch.float64)
     found = info_nce(positive, similarity*lam(similarity, key_centre, query_centre, share, floor, variant), temperature)
     assert found.item() == pytest.approx(loss_by_hand(positive.tolist(), similarity, key_centre, query_centre, share, floor, variant, temperature), rel=1e-6)
+
+@given(b=st.integers(1, 6), m=st.integers(1, 60), seed=st.integers(0, 999), wide=st.booleans(), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_hardest_first_is_a_sort(b, m, seed, wide, data):
+    top = data.draw(st.integers(1, m))
+    values = torch.from_numpy(np.random.default_rng(seed).permuted(np.tile(np.linspace(-1, 1, m), (b, 1)), axis=1))     # no ties
+    if not wide: values = values.float()
+    assert torch.equal(hardest_first(values, top), values.argsort(1, descending=True)[:, :top])
+    assert torch.equal(hardest_first(values, top), values.topk(top, dim=1).indices)                                      # what other devices use
+
+@given(seed=st.integers(0, 999), temperature=st.floats(.1, 1), share=st.sampled_from([0., .01]), variant=st.sampled_from(LAMBDA_B))
+@settings(max_examples=20, deadline=None)
+def test_nothing_suppressed_is_infonce(seed, temperature, share, variant):
+    "A range below one negative, or coefficients of 1: the loss is InfoNCE's to the last bit."
+    similarity, key_centre, query_centre = problem(seed)
+    l = lam(similarity, key_centre, query_centre, share, variant=variant)
+    positive = similarity[:, 0]
+    assert (l == 1).all() and info_nce(positive, similarity*l, temperature) == info_nce(positive, similarity, temperature)
 
 @given(seed=st.integers(0, 999), variant=st.sampled_from(LAMBDA_B), share=st.floats(0, 1))
 @settings(max_examples=40, deadline=None)

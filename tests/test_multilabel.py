@@ -4,10 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from lthash import multilabel
+from lthash import datasets, multilabel
+from lthash.code_trials import CodeTrial, code_rows, run_code_trial
 from lthash.datasets import VAL, ImageSet
 from lthash.multilabel import COLLECTIONS, PROTOCOLS, load_multilabel, multilabel_images, named_split, relevant_share, write_sample
 from lthash.retrieval import mean_average_precision, pack
+from lthash.views import Setting
 
 
 @pytest.fixture
@@ -126,7 +128,7 @@ def test_splits_are_disjoint_complete_and_reproducible(name, n, seed, share):
     query, database, train, validation = (set(v.tolist()) for v in (s.query, s.database, s.train, s.validation))
     assert not query & database and query | database == set(range(n)) and train | validation <= database and not train & validation
     if labels.ndim == 2: assert labels[s.query].any(1).all() and labels[s.validation].any(1).all()
-    if rule.queries: assert len(query) == max(1, round(rule.queries*share))
+    if rule.queries: assert len(query) == min(max(1, round(rule.queries*share)), int(labels.any(1).sum()))   # an image without labels asks nothing
     elif labels.ndim == 1: assert all((labels[s.query] == c).sum() == min((labels == c).sum(), max(1, round(rule.queries_per_label*share))) for c in labels.unique())
     else: assert all((labels[s.query][:, c]).sum() >= min(1, labels[:, c].sum()) for c in range(5))
     again = named_split(data, name, seed, share=share)
@@ -183,3 +185,23 @@ def test_a_method_trains_on_a_multi_label_folder(folder, monkeypatch):
     for method, epochs in (('ITQ', 0), ('SDC', 2)):
         found = run_code_trial(CodeTrial(method, 16, 0, setting, epochs, checks=1), store)
         assert 0 < found['mAP'] <= 1 and found['database'] == len(store.split.database)
+
+
+@pytest.mark.parametrize('name', datasets.MULTILABEL)
+def test_known_by_name_like_any_data_set(folder, name):
+    write_sample(folder/name, name, 40)
+    data = datasets.load(name, 16)
+    assert data.labels.ndim == 2 and data.name == name and torch.equal(data.images, multilabel_images(name, 16).images)
+    with pytest.raises(ValueError, match='several labels'): datasets.load(name, 16, train_per_class=3)
+    with pytest.raises(ValueError, match='named_split'): datasets.retrieval_split(data)
+    with pytest.raises(ValueError, match='flickr25k, nuswide or folder:PATH'): datasets.load('mnist')
+
+
+@pytest.mark.parametrize('name,form', [('flickr25k', 'makers'), ('nuswide', 'lists')])
+def test_from_a_folder_to_a_row(folder, monkeypatch, tmp_path, name, form):
+    "List files and images in, mAP with multi-label relevance out; several labels also for the count of false negatives."
+    monkeypatch.setenv('LTHASH_HOME', str(tmp_path/'home'))
+    write_sample(folder/name, name, 100, form)
+    trial = CodeTrial('BSCDH', 16, 0, Setting(name, 'alexnet-small', 'random', size=32, views=2), epochs=2, options=dict(hidden=16, queue=8, share=.25), checks=1, recipe=dict(batch=4))
+    row, _ = code_rows(trial, result := run_code_trial(trial), 'table1')
+    assert 0 < row['value'] < 1 and row['dataset'] == name and 0 < result['checks'][0]['base rate'] < 1 and len(result['class AP']) == len(next(iter(COLLECTIONS[name].labels.values())))

@@ -8,14 +8,14 @@ from hypothesis import given, settings, strategies as st
 from scipy import stats
 from torch.nn import functional as F
 
-from lthash import classical, generative, unsupervised
+from lthash import classical, code_trials, generative, unsupervised
 from lthash.contrastive import Batch, encode_features, make_method, train_codes
 from lthash.datasets import Split
 from lthash.retrieval import mean_average_precision, pack
 from lthash.training import Recipe
 from lthash.views import Features, Setting
 
-TRAINED = (*unsupervised.STRUCTURAL, *generative.GENERATIVE)
+TRAINED = (*code_trials.STRUCTURAL, *code_trials.GENERATIVE)
 
 
 def clustered(n=480, clusters=8, d=48, noise=1.6, seed=0):
@@ -88,7 +88,7 @@ def test_spectral_hashing_is_the_authors_mode_table():
     assert np.allclose(np.cos(x @ w + b), expected, atol=1e-8)
 
 
-@pytest.mark.parametrize('name', classical.CLASSICAL)
+@pytest.mark.parametrize('name', code_trials.CLASSICAL)
 def test_classical_methods_ignore_shift_and_give_the_same_codes_after_reloading(name, store):
     clean = store.clean_train()
     codes = []
@@ -222,7 +222,7 @@ def test_neighbourhoods_against_sets(store):
     assert ((alike | alike.T) == generative.neighbourhoods(x, 4, 3).toarray()).all()
 
 
-@pytest.mark.parametrize('name', generative.GENERATIVE)
+@pytest.mark.parametrize('name', code_trials.GENERATIVE)
 def test_players_move_only_their_own_parameters(name, store):
     net = make_method(name, store.width, 8)
     net.prepare(store.clean_train())

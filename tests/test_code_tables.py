@@ -1,0 +1,91 @@
+"Tables and verdicts of the unsupervised study: words follow from rows, and every planned trial can be made."
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from lthash.code_tables import best_variant, bias_verdict, differences, methods_table
+from lthash.code_trials import CLASSICAL, CONTRASTIVE, GENERATIVE, MOCO, STRUCTURAL, STUDIES, CodeTrial, Study, code_rows, planned, trial_recipe
+from lthash.contrastive import make_method, method_class
+from lthash.runs import ROW_COLUMNS, RUN_COLUMNS, reported
+
+
+def rows(values: dict, dataset='cifar10', bits=(64,), protocol='paper'):
+    "{method: [value of seed 0, 1, ...]}, the same at every code length."
+    return pd.DataFrame([dict(dataset=dataset, method=m, bits=b, seed=s, value=v, protocol=protocol) for m, vs in values.items() for b in bits for s, v in enumerate(vs)])
+
+
+@pytest.mark.parametrize('rival,word', [([.60, .61, .62], 'better'), ([.80, .81, .82], 'worse'), ([.70, .71, .715], 'no different')])
+def test_the_verdict_follows_from_the_rows(rival, word):
+    text = bias_verdict(rows({'BSCDH': [.70, .71, .72], 'InfoNCE': rival}, bits=(16, 64)))
+    assert f'**{word}**' in text and text.count('bits') == 2 and 'DCL' not in text
+
+
+def test_verdicts_of_lengths_that_disagree_and_of_one_seed():
+    mixed = pd.concat([rows({'BSCDH': [.7, .71], 'CIBH': [.6, .61]}, bits=(16,)), rows({'BSCDH': [.7, .71], 'CIBH': [.8, .81]}, bits=(64,))])
+    assert '**better and worse**' in bias_verdict(mixed)
+    part = pd.concat([rows({'BSCDH': [.7, .71], 'CIBH': [.6, .61]}, bits=(16,)), rows({'BSCDH': [.7, .71], 'CIBH': [.7, .71]}, bits=(64,))])
+    assert '**better in part**' in bias_verdict(part)
+    assert 'one seed only, no verdict' in bias_verdict(rows({'BSCDH': [.9], 'CIBH': [.1]}))
+
+
+@given(ours=st.lists(st.floats(0, 1), min_size=2, max_size=5), theirs=st.lists(st.floats(0, 1), min_size=2, max_size=5))
+@settings(max_examples=30, deadline=None)
+def test_differences_by_hand(ours, theirs):
+    n = min(len(ours), len(theirs))                                # seeds that only one has do not count
+    found = differences(rows({'BSCDH': ours, 'DCL': theirs}))
+    assert len(found) == 1 and found.seeds[0] == n
+    assert found.difference[0] == pytest.approx(np.mean(ours[:n]) - np.mean(theirs[:n]), abs=1e-12)
+    assert found.spread[0] == pytest.approx(np.sqrt((np.var(ours[:n], ddof=1) + np.var(theirs[:n], ddof=1))/2), abs=1e-9)
+
+
+def test_options_are_never_chosen_on_queries():
+    frame = rows({'BSCDH': [.7, .8]}).assign(variant=['a', 'b'])
+    with pytest.raises(ValueError, match='validation'): best_variant(frame)
+    assert best_variant(frame.assign(protocol='validation')) == 'b'
+
+
+def test_paper_numbers_stand_beside_ours():
+    table = methods_table(rows({'BSCDH': [.30, .32], 'ITQ': [.2, .2]}, bits=(16, 64))).set_index('method')
+    paper = reported('bscdh', table='table1', dataset='cifar10').set_index(['method', 'bits']).value
+    assert table.loc['BSCDH', 'cifar10 16 bits'] == '0.310 ± 0.014' and table.loc['BSCDH', 'paper cifar10 64'] == f"{paper['BSCDH', 64]:.3f}"
+    assert table.loc['ITQ', 'paper cifar10 16'] == '–' and table.loc['ITQ', 'what'] == '2 seeds'
+    for m in ('DDCH', 'S2H', 'UDTrHash'): assert table.loc[m, 'what'] == 'reported, not run' and table.loc[m, 'cifar10 16 bits'] == '–'
+
+
+@pytest.mark.parametrize('profile', [p for p in STUDIES if p != 'real'])      # 'real' looks at no image here either, but its plan is that of 'paper' with other sizes
+def test_every_planned_trial_can_be_made(profile, monkeypatch):
+    study = STUDIES[profile]
+    if not study.data.train_images: monkeypatch.setattr(Study, 'balanced', property(lambda self: self.data))     # it counts images
+    tables, made = planned(study), {}
+    for name, pairs in tables.items():
+        for variant, trial in pairs:
+            key = trial.method, trial.bits, str(trial.options)
+            if key not in made: made[key] = make_method(trial.method, 512, trial.bits, **{**trial.options, **({'hidden': 8} if 'hidden' in trial.options else {})})
+            if (m := trial.data.train_images) and trial.method in MOCO: assert trial.options['queue'] <= m//2
+    assert {t.method for _, t in tables['table1']} == {*CONTRASTIVE, *STRUCTURAL, *GENERATIVE, *CLASSICAL}
+    assert {t.seed for _, t in tables['table1'] if t.method in CONTRASTIVE} == set(range(study.seeds))
+    ran = {str(t) for _, t in tables['table1']}
+    for name in ('table4', 'ablation', 'lambda_b', 'quantisation'): assert ran & {str(t) for _, t in tables[name]}, f'{name} shares no trial with Table 1'
+    for variant, trial in tables['table4']: assert float(variant.removeprefix('hp_s ')) == trial.options.get('floor', .7)
+
+
+def test_the_papers_sizes():
+    "What paper B prints, and CIBH's head."
+    study = STUDIES['paper']
+    trial = study.trial('BSCDH', 32, 1)
+    assert (trial.epochs, trial.data.encoder, trial.data.size, trial.data.views, trial.data.train_images) == (200, 'vgg16', 224, 0, 5000)
+    recipe = trial_recipe(trial, 5000)
+    assert (recipe.optimizer, recipe.rate, recipe.batch, recipe.passes) == ('sgd', .01, 64, 200*5000)
+    net = make_method('BSCDH', 64, 32, **trial.options)
+    assert (net.temperature, net.floor, net.variant, net.quantisation, net.momentum) == (.3, .7, 'bounded', 1., .999) and net.head[1].out_features == 1024
+    assert not method_class('ITQ').trained and study.trial('ITQ').epochs == 0 and 'hidden' not in study.trial('BiHalf').options
+
+
+def test_a_row_says_what_is_smaller_than_in_the_paper():
+    result = dict(images=50, best=3., seconds=1., device='CPU', versions='v', substitutes='squeezenet for VGG-16', mAP=.123456789, checks=[{'validation': .2}, {'validation': .1}])
+    trial = CodeTrial('BSCDH', 16, 2, epochs=40, options=dict(hidden=512, queue=1024))
+    paper, validation = code_rows(trial, result, 'table1', 'x')
+    assert set(paper) <= {*ROW_COLUMNS, *RUN_COLUMNS} and (paper['value'], validation['value']) == (.12346, .2)
+    for part in ('50 training images', '8 views', '40 epochs (paper: 200)', 'hidden 512', 'queue 1024'): assert part in paper['note']
+    assert paper['substitutes'] == 'squeezenet for VGG-16' and code_rows(CodeTrial('ITQ', epochs=0), {**result, 'checks': []}, 't')[0]['note'] == '50 training images, no training'
