@@ -46,6 +46,11 @@ class Source(Synthetic):
         return replace(recipe, stages=tuple(replace(s, **change) for s in recipe.stages[:self.stages]))
 
     @property
+    def by_word(self) -> 'Source':
+        "The same without personalisation, whatever it would have been."
+        return replace(self, method='prompt', stages=None, regulariser='method', shots=16, scale=1.)
+
+    @property
     def identity(self) -> dict:
         "Everything that decides the images; two ways to say the same recipe are one."
         said = ('method', 'budget', 'scale', 'lora_rank', 'stages', 'regulariser')
@@ -124,7 +129,7 @@ def _apart(plan: Plan, words: list[str]) -> np.ndarray:   # of classes -> int64 
     "Classes with the same word, ten thousand images apart (whole batches)."
     return np.array([words[:i].count(w) for i, w in enumerate(words)], np.int64)*plan.source.batch*-(-10_000//plan.source.batch)
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _drawn(source: Source, n: tuple[int, ...], classes: tuple[int, ...], first: tuple[int, ...], fingerprint: str) -> tuple[Tensor, Tensor]:
     "Images from disk or from the generator; kept, as trials of other networks and seeds ask for the same."
     made = generation.synthetic_set(source, n, classes, first, progress=False)
@@ -143,7 +148,7 @@ def synthetic_images(trial: Augmented, data: datasets.ImageSet, chosen: Tensor, 
         at = np.array(first)
         if method == 'prompt': at[mine] += _apart(plan, [generation.phrase(data, c) for c in mine])
         if not (classes := [c for c in mine if n[c]]): continue
-        x, y = _drawn(replace(plan.source, method=method), tuple(plan.drawn(n[classes]).tolist()), tuple(classes), tuple(at[classes].tolist()), fingerprint)
+        x, y = _drawn(plan.source if method != 'prompt' else plan.source.by_word, tuple(plan.drawn(n[classes]).tolist()), tuple(classes), tuple(at[classes].tolist()), fingerprint)
         images.append(x); labels.append(y)
     images, labels = torch.cat(images), torch.cat(labels)
     if plan.keep < 1 and len(labels):

@@ -7,6 +7,7 @@ import pandas as pd
 import papermill
 import pytest
 from conftest import ROOT
+from lthash.code_tables import bias_verdict, methods_table
 from lthash.notebooks import read_cells, readme, source, tagged_cells
 from lthash.runs import markdown
 from lthash.tables import cost_table
@@ -65,3 +66,10 @@ def test_the_front_page_is_the_index_notebook():
 def test_the_front_page_shows_the_rows_on_record():
     rows = pd.read_csv(ROOT/'data'/'results'/'real.csv').query("table == 'figure1b' and group == 'all' and protocol == 'paper'")
     assert markdown(cost_table(rows)) in (ROOT/'README.md').read_text(encoding='utf-8')
+
+
+def test_the_front_page_shows_the_unsupervised_rows_on_record():
+    rows = pd.read_csv(ROOT/'data'/'results'/'real.csv').query("paper == 'bscdh' and table == 'table1' and dataset == 'cifar10' and protocol == 'paper'")
+    text = (ROOT/'README.md').read_text(encoding='utf-8')
+    assert bias_verdict(rows) in text
+    assert markdown(methods_table(rows[rows.method.isin(['BSCDH', 'CIBH', 'DCL', 'InfoNCE', 'ITQ', 'LSH'])])) in text
