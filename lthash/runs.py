@@ -11,6 +11,7 @@ __all__ = ['PROFILES', 'ROW_COLUMNS', 'RUN_COLUMNS', 'check_profile', 'home', 'r
 # %% ../nbs/00_runs.ipynb #73cec279
 import ast, hashlib, html, importlib, io, json, os, platform, random, tempfile, time
 from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Callable, Iterable
 
@@ -127,12 +128,15 @@ def _without_docstrings(tree: ast.AST) -> ast.AST:
             node.body = [s for s in body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant) and isinstance(s.value.value, str))] or [ast.Pass()]
     return tree
 
+@cache
+def _tree(path: Path, changed: int) -> str: return ast.dump(_without_docstrings(ast.parse(path.read_text(encoding='utf-8'))))
+
 def code_digest(*modules: str) -> str:
     "Digest of the code (without comments and docstrings) of `lthash` modules: `code_digest('training', 'hashing')`."
     trees = []
     for name in modules:
-        source = Path(importlib.import_module(f'lthash.{name}').__file__).read_text(encoding='utf-8')
-        trees.append(ast.dump(_without_docstrings(ast.parse(source))))
+        path = Path(importlib.import_module(f'lthash.{name}').__file__)
+        trees.append(_tree(path, path.stat().st_mtime_ns))
     return digest(trees, 4)
 
 # %% ../nbs/00_runs.ipynb #05600814
