@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['MOCO', 'STUDIES', 'CONTRASTIVE', 'STRUCTURAL', 'GENERATIVE', 'CLASSICAL', 'CodeTrial', 'trial_recipe',
            'train_code_trial', 'code_trial_codes', 'trained_method', 'run_code_trial', 'code_rows', 'run_code_trials',
-           'Study', 'planned']
+           'Study', 'planned', 'plan_costs', 'announced']
 
 # %% ../nbs/20d_code_trials.ipynb #a2f61da7
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Iterable, Iterator
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -168,3 +169,27 @@ def planned(study: Study) -> dict[str, list[tuple[str, CodeTrial]]]:
         whole = replace(study.data, train_images=None, views=study.data.views//2)
         tables['all images'] = [('trained on the whole database', replace(study.trial(m, data=whole), epochs=study.epochs/10)) for m in CONTRASTIVE]
     return tables
+
+# %% ../nbs/20d_code_trials.ipynb #4eab4ead
+def plan_costs(study: Study = STUDIES['paper'],
+               images_per_second: float = 3000.,   # VGG-16 at 224 pixels, forward in bfloat16, on one recent data-centre GPU: assumed
+               step_seconds: float = .004,         # a step of the head, there: assumed
+              ) -> pd.DataFrame:                   # columns table, trial, steps, encoded (images through the encoder), hours
+    "A line for every trained trial of a study that draws its views anew; a trial of several tables stands in the first."
+    lines = {}
+    for table, pairs in planned(study).items():
+        for variant, t in pairs:
+            if not (kind := method_class(t.method)).trained or str(t) in lines: continue
+            shown = t.epochs*(t.data.train_images or 49_500)                      # CIFAR-10's database less validation images
+            encoded = 2*shown*kind.two_views
+            lines[str(t)] = {'table': table, 'trial': t.title + (f', {variant}' if variant else ''), 'steps': shown/64, 'encoded': encoded, 'hours': (encoded/images_per_second + shown/64*step_seconds)/3600}
+    return pd.DataFrame(lines.values())
+
+def announced(profile: str, notebooks: Iterable[str] = ('21_bscdh', '22_unsupervised', '23_unsupervised_tables')) -> Iterator[str]:
+    "Lines for a terminal: at profile paper every trained trial of these notebooks, sums, and what has to be there."
+    if profile != 'paper': return
+    plan, data = plan_costs(), STUDIES['paper'].data
+    yield f'\nthe trials of {", ".join(notebooks)}, in hours of one GPU at an assumed 3,000 images through VGG-16 and 250 steps of a head a second:'
+    for line in plan.itertuples(): yield f'{line.hours:8.2f}   {line.table}: {line.trial}'
+    yield f'{plan.hours.sum():8.2f}   hours in all, {len(plan)} trials; at most 8 GB of GPU memory (VGG-16 forward, 128 images), {60_000*4096*2/1e9:.1f} GB of features on disk'
+    yield f"to be there: CIFAR-10 as for `datasets.load('cifar10')`, torchvision's VGG16_Weights.IMAGENET1K_V1 ({data.size} px)"

@@ -193,7 +193,7 @@ class Driver:
             job.state = 'interrupted'
         if self.running: self.publish()
 
-FORECASTS = {'13_augmented_hashing': 'costs', '14_comparison': 'costs', '30_ablations': 'costs'}   # notebook -> module whose `announced` lists its trials and what they take
+FORECASTS = dict.fromkeys(('13_augmented_hashing', '14_comparison', '30_ablations'), 'costs') | dict.fromkeys(('21_bscdh', '22_unsupervised', '23_unsupervised_tables'), 'code_trials')   # notebook -> module whose `announced` lists its trials and what they take
 
 def reproduce(profile: str = 'cpu',
               only: list[str] = (),             # numbers or names; all if empty
