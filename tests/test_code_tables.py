@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from lthash import code_trials
 from lthash.code_tables import best_variant, bias_verdict, differences, methods_table
 from lthash.code_trials import CLASSICAL, CONTRASTIVE, GENERATIVE, MOCO, STRUCTURAL, STUDIES, CodeTrial, Study, code_rows, planned, trial_recipe
 from lthash.contrastive import make_method, method_class
@@ -89,3 +90,16 @@ def test_a_row_says_what_is_smaller_than_in_the_paper():
     assert set(paper) <= {*ROW_COLUMNS, *RUN_COLUMNS} and (paper['value'], validation['value']) == (.12346, .2)
     for part in ('50 training images', '8 views', '40 epochs (paper: 200)', 'hidden 512', 'queue 1024'): assert part in paper['note']
     assert paper['substitutes'] == 'squeezenet for VGG-16' and code_rows(CodeTrial('ITQ', epochs=0), {**result, 'checks': []}, 't')[0]['note'] == '50 training images, no training'
+
+
+def test_the_dry_run_of_profile_paper_lists_every_trained_trial_once():
+    lines = list(code_trials.announced('paper'))
+    trained = {str(t): t for pairs in code_trials.planned(code_trials.STUDIES['paper']).values() for _, t in pairs if code_trials.method_class(t.method).trained}
+    listed = lines[1:-2]
+    assert len(listed) == len(trained)
+    for t in trained.values(): assert any(t.title in line for line in listed), t.title
+    hours = sum(float(line.split()[0]) for line in listed)
+    assert float(lines[-2].split()[0]) == pytest.approx(hours, abs=.01*len(listed))
+    slow = code_trials.plan_costs(images_per_second=300.)
+    assert slow.hours.sum() > 5*code_trials.plan_costs().hours.sum()
+    assert not list(code_trials.announced('cpu'))
