@@ -64,7 +64,7 @@ class BaseRecipe:
     size: int = 64                              # side of its images, pixels
     latent_channels: int = 6                    # of latents 4 times smaller than the images
     vae_width: int = 32                         # channels of the auto-encoder
-    widths: tuple[int, ...] = (64, 96, 96, 64)  # channels of the U-Net's levels; the first is without attention
+    widths: tuple[int, ...] = (64, 96, 96, 64)  # channels of the U-Net's levels; the last three have cross-attention
     heads: int = 4
     text_width: int = 96
     text_layers: int = 2
@@ -102,7 +102,7 @@ def build_tokenizer(captions: Iterable[str], context: int) -> CLIPTokenizer:
     return CLIPTokenizer(vocab={c: i for i, c in enumerate(dict.fromkeys(entries))}, merges=merges, model_max_length=context)
 
 def build(recipe: BaseRecipe, captions: Sequence[str]) -> StableDiffusionPipeline:
-    "A generator with random weights. Its U-Net has Stable Diffusion's 16 cross-attention layers: 2 in each of 3 levels down, 1 in the middle, 3 in each of 3 levels up; the level without attention comes first, where Stable Diffusion's comes last."
+    "A generator with random weights. Its U-Net has Stable Diffusion's 16 cross-attention layers: 2 in each of 3 levels down, 1 in the middle, 3 in each of 3 levels up; a level without attention, if there is one, comes first, where Stable Diffusion's comes last."
     torch.manual_seed(derive_seed('loom', recipe.seed))
     tokenizer = build_tokenizer(captions, recipe.context)
     text_encoder = CLIPTextModel(CLIPTextConfig(
@@ -110,9 +110,10 @@ def build(recipe: BaseRecipe, captions: Sequence[str]) -> StableDiffusionPipelin
         num_attention_heads=recipe.heads, max_position_embeddings=recipe.context, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     width = (recipe.vae_width,)*3
     vae = AutoencoderTiny(encoder_block_out_channels=width, decoder_block_out_channels=width, latent_channels=recipe.latent_channels, num_encoder_blocks=(1, 2, 2), num_decoder_blocks=(2, 2, 1))
+    without = len(recipe.widths) - 3      # levels without attention
     unet = UNet2DConditionModel(
         sample_size=recipe.size//4, in_channels=recipe.latent_channels, out_channels=recipe.latent_channels, layers_per_block=2, block_out_channels=recipe.widths,
-        down_block_types=('DownBlock2D',) + ('CrossAttnDownBlock2D',)*3, up_block_types=('CrossAttnUpBlock2D',)*3 + ('UpBlock2D',), cross_attention_dim=recipe.text_width, attention_head_dim=recipe.heads, norm_num_groups=16)
+        down_block_types=('DownBlock2D',)*without + ('CrossAttnDownBlock2D',)*3, up_block_types=('CrossAttnUpBlock2D',)*3 + ('UpBlock2D',)*without, cross_attention_dim=recipe.text_width, attention_head_dim=recipe.heads, norm_num_groups=16)
     scheduler = DDPMScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', prediction_type='v_prediction', clip_sample=False, steps_offset=1, timestep_spacing='trailing')
     return StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
@@ -278,7 +279,7 @@ def export(pipe: StableDiffusionPipeline, out: str | Path, about: dict) -> Stabl
     temporary = out.with_name(f'.{out.name}.new')
     shutil.rmtree(temporary, ignore_errors=True)
     half = StableDiffusionPipeline(**{**pipe.components, **{k: copy.deepcopy(pipe.components[k]).half() for k in ('unet', 'vae', 'text_encoder')}}, requires_safety_checker=False)
-    half.save_pretrained(temporary, safe_serialization=True)
+    half.save_pretrained(temporary, safe_serialization=True, max_shard_size='15MB')
     write_json(temporary/'training.json', about)
     for file in temporary.rglob('*.safetensors'): file.chmod(0o644)
     for kept in out.glob('*.md'): shutil.copy2(kept, temporary)        # the model card
