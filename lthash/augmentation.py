@@ -146,7 +146,7 @@ def synthetic_images(trial: Augmented, data: datasets.ImageSet, chosen: Tensor, 
     fingerprint = generation.shared_generator(plan.source.generator)[1]
     for method, mine in ((plan.source.method, sorted(taught)), ('prompt', sorted(set(range(len(counts))) - taught))):
         at = np.array(first)
-        if method == 'prompt': at[mine] += _apart(plan, [generation.phrase(data, c) for c in mine])
+        if method == 'prompt': at[mine] += _apart(plan, [generation.phrase(data, c, plan.source.generator) for c in mine])
         if not (classes := [c for c in mine if n[c]]): continue
         x, y = _drawn(plan.source if method != 'prompt' else plan.source.by_word, tuple(plan.drawn(n[classes]).tolist()), tuple(classes), tuple(at[classes].tolist()), fingerprint)
         images.append(x); labels.append(y)

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from . import generators, trials
 from .concepts import Concept, placeholder
 from .datasets import TRAIN, ImageSet, shuffled
+from .natural import IMAGENETTE
 from .personalization import personalize
 from .runs import atomic_write, cached, code_digest, derive_seed, digest, runs_dir, stage_folder, write_json
 from .stages import METHODS, Method
@@ -229,8 +230,9 @@ def shared_generator(name: str) -> tuple:   # (pipeline, fingerprint)
     pipe = generators.load(name)
     return pipe, generators.fingerprint(pipe)
 
-def phrase(data: ImageSet, c: int) -> str:
-    "What a class is called in prompts: its category; for silk, 'floral fabric'."
+def phrase(data: ImageSet, c: int, generator: str = 'loom') -> str:
+    "What a class is called in prompts: its category; for silk, 'floral fabric'; of ImageNette, to loom-natural, a word that it knows ('tool', as it has seen no saw)."
+    if (data.name, generator) == ('imagenette', 'loom-natural'): return [word for _, word in IMAGENETTE.values()][c]
     return data.categories[c] + ' fabric'*(data.name == 'silk')
 
 def shots(config: Synthetic, data: ImageSet) -> dict[int, Tensor]:
@@ -242,12 +244,12 @@ def class_concept(config: Synthetic, c: int, progress: bool = False) -> Concept 
     "The concept of class number `c`, from disk if it is there; an interrupted personalisation goes on."
     pipe, fingerprint = shared_generator(config.generator)
     data = trials.load_data(replace(config.trial, size=generators.image_size(pipe)))
-    if config.method == 'prompt': return category_prompt(phrase(data, c))
+    if config.method == 'prompt': return category_prompt(phrase(data, c, config.generator))
     stage = {k: getattr(config, k) for k in (*_DATA, 'generator', 'shots', 'seed')} | dict(
         recipe=asdict(config.recipe), number=c, fingerprint=fingerprint, code=[trials._code(config.dataset), code_digest('attention', 'concepts', 'generators', 'personalization', 'stages')])
     def compute(folder: Path) -> dict:
         images = data.images[shots(config, data)[c]]
-        made = personalize(pipe, images, phrase(data, c), config.recipe, placeholder(c), config.seed, folder/'concept', probes=1, progress=progress)
+        made = personalize(pipe, images, phrase(data, c, config.generator), config.recipe, placeholder(c), config.seed, folder/'concept', probes=1, progress=progress)
         return {'seconds': made.record['seconds'], 'identity': made.record['identity'], 'images': len(images)}
     cached('concept', stage, compute)
     return Concept.load(stage_folder('concept', stage)/'concept')

@@ -32,7 +32,7 @@ def load(name: str = 'loom',                     # one of `EMBEDDED`, a folder i
     if name in EMBEDDED:
         path = project_data()/name
         if not (path/'model_index.json').exists():
-            raise FileNotFoundError(f'the embedded generator {name} is expected in {path}: take it from a clone of the project, or train it with `lthash train-{name}`')
+            raise FileNotFoundError(f'the embedded generator {name} is expected in {path}: take it from a clone of the project, or train it with `lthash train-loom{" --natural"*(name == "loom-natural")}`')
     else: path = name
     try:
         with _quiet(): pipe = StableDiffusionPipeline.from_pretrained(path, local_files_only=name in EMBEDDED, use_safetensors=True, safety_checker=None, requires_safety_checker=False, dtype=dtype)

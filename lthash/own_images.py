@@ -51,7 +51,7 @@ def augmented_set(data: datasets.ImageSet,         # labels (n,) or multi-hot (n
     if empty := [data.classes[c] for c in np.flatnonzero((counts == 0) & (lacking > 0))]: raise ValueError(f"{data.name}: no training image of {', '.join(empty)} to show to the generator")
     images, labels, used = [torch.empty(0, 3, source.size, source.size, dtype=torch.uint8)], [], Counter()
     for c in tqdm(np.flatnonzero(lacking).tolist(), desc=source.method, unit='class', disable=not progress):
-        word = category or generation.phrase(data, c)
+        word = category or generation.phrase(data, c, source.generator)
         concept = generation.category_prompt(word) if source.method == 'prompt' else _taught(pipe, fingerprint, data.images[training[representatives(data.labels[training], c, source.shots, source.seed)]], word, source, c, progress)
         drawn, identity = {k: getattr(source, k) for k in ('size', 'steps', 'guidance', 'sampler', 'seed')}, generation.identity(concept)
         folder = runs_dir()/'synthetic'/digest([identity, fingerprint, pipe.unet.device.type, *drawn.values()])

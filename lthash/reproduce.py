@@ -265,10 +265,11 @@ def status(profile: str = 'cpu', out: str | None = None, notebooks: str | None =
                   + (f"\nfinished trials in {home/'runs'}: " + ', '.join(f'{stage} {n}' for stage, n in trials.items()) if trials else ''))
     return 0
 
-def train_loom(out: str | None = None, images: int = 100_000) -> int:
-    "Train the embedded base generator."
-    from lthash.loom import train_loom      # here, not above: diffusers takes seconds to import
-    train_loom(out, images)
+def train_loom(out: str | None = None, images: int = 100_000, natural: bool = False) -> int:
+    "Train an embedded base generator: of textiles, or of photographs."
+    from lthash import loom, natural as photographs      # here, not above: diffusers takes seconds to import
+    try: photographs.train_natural(out) if natural else loom.train_loom(out, images)
+    except FileNotFoundError as error: raise Refused(error) from error
     return 0
 
 def augment(dataset: str, out: str | None = None, **options) -> int:
@@ -296,7 +297,8 @@ def main(arguments: list[str] | None = None) -> int:
             ('--dry-run', dict(action='store_true', help='say what would run')), help='run the notebooks that are not done yet')
     command(status, *shared, help='show what is done and what is left')
     command(refresh, ('only', dict(nargs='*', metavar='NN', help='only these notebooks')), help='for maintainers: store new outputs of profile cpu in nbs/')
-    command(train_loom, ('--out', dict(metavar='FOLDER', help='the generator goes here (default: data/loom of the clone)')),
+    command(train_loom, ('--out', dict(metavar='FOLDER', help='the generator goes here (default: data/loom or data/loom-natural of the clone)')),
+            ('--natural', dict(action='store_true', help="photographs of Tiny-ImageNet in place of textiles: a night on two CPU cores")),
             ('--images', dict(type=int, default=100_000, metavar='N', help='textiles to render and train on (default: 100,000)')),
             help='train the embedded text-to-image generator from nothing: two to three hours on two CPU cores; a killed training continues')
     command(augment, ('dataset', dict(help="folder:PATH with one folder a class, divided into train/ and val/ or not, or a data set by name")),
