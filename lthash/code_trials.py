@@ -167,8 +167,9 @@ def planned(study: Study) -> dict[str, list[tuple[str, CodeTrial]]]:
         'ablation': [*varied('queue', study.queues, study.queue), *varied('share', (.01, .05, .1, .25), .05), *varied('centres', (16, max(study.bits), 2*max(study.bits), 200), max(study.bits)),
                      *varied('momentum', (.9, .99, .999), study.momentum), *varied('temperature', (.1, .3, .5), .3)],
         'bridge': [(name, brief.trial(m, seed=s, data=data)) for name, data in (('balanced', study.balanced), ('long-tail', study.long_tail)) for m in ('InfoNCE', 'BSCDH') for s in range(study.seeds)]}
-    if study.data.train_images:        # all images, as many steps, and half the views if they are kept
+    if study.data.train_images:        # are kept views as good as new ones? And all images: as many steps, and half the views if they are kept
         whole = replace(study.data, train_images=None, views=study.data.views//2)
+        if study.data.views: tables['fresh views'] = [*(('kept', brief.trial('InfoNCE', seed=s)) for s in range(study.seeds)), ('drawn anew', brief.trial('InfoNCE', data=replace(study.data, views=0)))]
         tables['all images'] = [('trained on the whole database', replace(study.trial(m, data=whole), epochs=study.epochs/10)) for m in CONTRASTIVE]
     return tables
 
