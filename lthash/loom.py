@@ -72,7 +72,7 @@ class BaseRecipe:
     vae_steps: int = 4000
     vae_batch: int = 32
     vae_rate: float = 1.5e-3
-    steps: int = 12000
+    steps: int = 6500
     batch: int = 64
     rate: float = 1e-3                          # of AdamW: text encoder, time embedding, first and last convolution, norms and biases
     matrix_rate: float = 5e-3                   # of Muon: every other matrix and kernel of the U-Net, in units of an AdamW step
