@@ -26,9 +26,11 @@ def methods_table(rows: pd.DataFrame,               # of one table, protocol 'pa
     paper = reported('bscdh', table=paper_table)
     paper = {(r.dataset, r.method.removesuffix(' (ours)'), int(r.bits)): r.value for r in paper.itertuples()}
     sets, bits = rows.dataset.unique(), sorted(rows.bits.unique())
+    epochs = rows.note.str.extract(r'([\d.]+) epochs')[0].groupby(rows.method).agg(lambda e: ' and '.join(e.dropna().unique())) if 'note' in rows else pd.Series(dtype=str)
+    length = lambda method: f', {epochs[method]} epochs' if epochs.get(method) and epochs[epochs != ''].nunique() > 1 else ''       # said where methods differ in it
     lines = []
     for method in [*rows.method.unique(), *(m for m in not_run if any(m == k[1] for k in paper))]:
-        line = {'method': method, 'what': 'reported, not run' if method in not_run else f"{(n := int(ours.xs(method, level='method').seeds.max()))} seed{'s'*(n > 1)}"}
+        line = {'method': method, 'what': 'reported, not run' if method in not_run else f"{(n := int(ours.xs(method, level='method').seeds.max()))} seed{'s'*(n > 1)}{length(method)}"}
         for dataset in sets:
             against = dataset if any(k[0] == dataset for k in paper) else 'cifar10'    # a stand-in is set beside the paper's CIFAR-10
             for b in bits:
