@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'LIBRARIES', 'FORECASTS', 'Job', 'surroundings', 'load', 'record', 'forget', 'survey', 'Driver',
-           'reproduce', 'refresh', 'status', 'train_loom', 'augment', 'main']
+           'reproduce', 'refresh', 'status', 'main']
 
 # %% ../nbs/09_reproduce.ipynb #34ef1da3
 import argparse, ast, json, multiprocessing, os, platform, re, signal, sys, threading, time
@@ -193,7 +193,7 @@ class Driver:
             job.state = 'interrupted'
         if self.running: self.publish()
 
-FORECASTS = dict.fromkeys(('13_augmented_hashing', '14_comparison', '30_ablations'), 'costs') | dict.fromkeys(('21_bscdh', '22_unsupervised', '23_unsupervised_tables'), 'code_trials')   # notebook -> module whose `announced` lists its trials and what they take
+FORECASTS = dict.fromkeys(('21_bscdh', '22_unsupervised', '23_unsupervised_tables'), 'code_trials')   # notebook -> module whose `announced` lists its trials and what they take
 
 def reproduce(profile: str = 'cpu',
               only: list[str] = (),             # numbers or names; all if empty
@@ -265,30 +265,16 @@ def status(profile: str = 'cpu', out: str | None = None, notebooks: str | None =
                   + (f"\nfinished trials in {home/'runs'}: " + ', '.join(f'{stage} {n}' for stage, n in trials.items()) if trials else ''))
     return 0
 
-def train_loom(out: str | None = None, images: int = 100_000, natural: bool = False) -> int:
-    "Train an embedded base generator: of textiles, or of photographs."
-    from lthash import loom, natural as photographs      # here, not above: diffusers takes seconds to import
-    try: photographs.train_natural(out) if natural else loom.train_loom(out, images)
-    except FileNotFoundError as error: raise Refused(error) from error
-    return 0
-
-def augment(dataset: str, out: str | None = None, **options) -> int:
-    "Write a class-balanced copy of a folder, filled up with synthetic images."
-    from lthash.own_images import augment   # here, not above: it imports torch
-    try: augment(dataset, out or f"{Path(dataset.removeprefix('folder:')).name}-balanced", **options)
-    except (ValueError, OSError) as error: raise Refused(error) from error
-    return 0
-
 def main(arguments: list[str] | None = None) -> int:
     "The command `lthash`."
     parser = argparse.ArgumentParser('lthash', description='Reproduce the figures and tables of two papers on deep hashing for image retrieval.')
     parser.add_argument('--version', action='version', version=f'lthash {lthash.__version__}')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     def command(function, *options, **about):
-        sub = commands.add_parser(function.__name__.replace('_', '-'), description=about['help'], **about)
+        sub = commands.add_parser(function.__name__, description=about['help'], **about)
         sub.set_defaults(function=function)
         for name, settings in options: sub.add_argument(name, **settings)
-        if function not in (train_loom, augment): sub.add_argument('--notebooks', metavar='FOLDER', help='other notebooks than nbs/ of the clone')
+        sub.add_argument('--notebooks', metavar='FOLDER', help='other notebooks than nbs/ of the clone')
     shared = (('--profile', dict(choices=PROFILES, default='cpu', help='; '.join(f'{k}: {v}' for k, v in PROFILES.items()))),
               ('--out', dict(metavar='FOLDER', help='figures, tables, results.csv and index.html go here (default: reports/ in the clone)')))
     command(reproduce, *shared,
@@ -297,26 +283,6 @@ def main(arguments: list[str] | None = None) -> int:
             ('--dry-run', dict(action='store_true', help='say what would run')), help='run the notebooks that are not done yet')
     command(status, *shared, help='show what is done and what is left')
     command(refresh, ('only', dict(nargs='*', metavar='NN', help='only these notebooks')), help='for maintainers: store new outputs of profile cpu in nbs/')
-    command(train_loom, ('--out', dict(metavar='FOLDER', help='the generator goes here (default: data/loom or data/loom-natural of the clone)')),
-            ('--natural', dict(action='store_true', help="photographs of Tiny-ImageNet in place of textiles: a night on two CPU cores")),
-            ('--images', dict(type=int, default=100_000, metavar='N', help='textiles to render and train on (default: 100,000)')),
-            help='train the embedded text-to-image generator from nothing: two to three hours on two CPU cores; a killed training continues')
-    command(augment, ('dataset', dict(help="folder:PATH with one folder a class, divided into train/ and val/ or not, or a data set by name")),
-            ('--out', dict(metavar='FOLDER', help='the balanced folder (default: NAME-balanced, here)')),
-            ('--method', dict(default='attndreambooth', choices=('attndreambooth', 'dreambooth', 'textual inversion', 'prompt'), help='how the generator is taught a class (default: attndreambooth)')),
-            ('--generator', dict(default='loom', metavar='NAME', help='loom (textiles), a folder or hub id of a Stable Diffusion 1.x or 2.x (default: loom)')),
-            ('--per-class', dict(type=int, metavar='N', help='real and synthetic images of every class (default: as many as the largest has)')),
-            ('--category', dict(metavar='WORD', help="what all classes are, in a word that the generator knows, 'fabric' (default: the names of their folders)")),
-            ('--size', dict(type=int, metavar='PIXELS', help="side of the images written (default: the generator's)")),
-            ('--shots', dict(type=int, default=16, metavar='N', help='real images of a class shown to the generator, at most (default: 16)')),
-            ('--scale', dict(type=float, default=1., metavar='SHARE', help='share of the personalisation budget (default: 1)')),
-            ('--steps', dict(type=int, default=10, metavar='N', help='of the sampler (default: 10)')),
-            ('--guidance', dict(type=float, default=2., metavar='W', help='of the sampler; 1: none (default: 2)')),
-            ('--seed', dict(type=int, default=0, metavar='N')),
-            ('--exam', dict(type=int, default=14_000, metavar='N', help='images shown to the classifier that judges the synthetic ones; 0: not judged (default: 14000)')),
-            ('--strict', dict(action='store_true', help='write nothing if the judgement is bad')),
-            ('--format', dict(default='png', choices=('png', 'jpg'))),
-            help='write a class-balanced copy of a folder of images, filled up with synthetic ones; a killed run continues')
     options = vars(parser.parse_args(arguments))
     options.pop('command')
     try: return options.pop('function')(**options)
