@@ -8,6 +8,7 @@ import papermill
 import pytest
 from conftest import ROOT
 from lthash.code_tables import bias_verdict, methods_table
+from lthash.generation import quality_table, ranking
 from lthash.notebooks import read_cells, readme, source, tagged_cells
 from lthash.runs import markdown
 from lthash.tables import cost_table
@@ -73,3 +74,10 @@ def test_the_front_page_shows_the_unsupervised_rows_on_record():
     text = (ROOT/'README.md').read_text(encoding='utf-8')
     assert bias_verdict(rows) in text
     assert markdown(methods_table(rows[rows.method.isin(['BSCDH', 'CIBH', 'DCL', 'DSCH', 'InfoNCE', 'ITQ', 'LSH'])])) in text
+
+
+def test_the_front_page_shows_the_generated_images_on_record():
+    rows = pd.read_csv(ROOT/'data'/'results'/'real.csv').query("paper == 'longtail' and table == 'generation'")
+    text = (ROOT/'README.md').read_text(encoding='utf-8')
+    assert ranking(rows) in text
+    assert markdown(quality_table(rows, ['CAS (%)', 'mAP (%)', 'KID', 'coverage', 'copies'])) in text

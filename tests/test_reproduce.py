@@ -151,6 +151,17 @@ def test_only_what_is_missing(project, capsys):
     assert {j.state for j in survey(project.nbs, project.out, 'cpu')} == {'to do'}
 
 
+def test_new_rows_of_profile_real_outdate_the_notebooks_that_read_them(project, tmp_path, monkeypatch):
+    rows = tmp_path/'real.csv'
+    rows.write_text('value\n1\n')
+    monkeypatch.setattr('lthash.reproduce.RECORD', rows)
+    project.notebook('01_reader', "name = 'real.csv'")
+    project.notebook('02_other')
+    assert main(project.command()) == 0 and set(project.states().values()) == {'done'}
+    rows.write_text('value\n2\n')
+    assert project.states() == {'01_reader': 'to do', '02_other': 'done'}
+
+
 def test_jobs_run_side_by_side(project):
     "Two notebooks that wait for each other can only end if both run at once; a module runs before them, alone."
     meet = 'open(f"here{me}", "w").close()\nend = time.time() + 40\nwhile not os.path.exists(f"here{1 - me}") and time.time() < end: time.sleep(.05)\nassert os.path.exists(f"here{1 - me}")\nlog("threads", os.environ["NUMBA_NUM_THREADS"])'
