@@ -121,7 +121,7 @@ def generate(generator,                     # as from `generators.load`
              seed: int = 0,
              first: int = 0,                # number of the first image: 4000 for fresh ones after the first 4000
              steps: int = 10,
-             guidance: float = 6.,
+             guidance: float = 3.,
              sampler: str = 'unipc',
              negative: str | None = None,   # prompt to steer away from
              batch: int = 50,               # images drawn together; a folder keeps the one it began with
@@ -202,7 +202,7 @@ class Synthetic:
     shots: int = 16                        # real images of a class that the generator sees, at most
     size: int = 32                         # side of the images kept, pixels
     steps: int = 10
-    guidance: float = 6.
+    guidance: float = 3.
     sampler: str = 'unipc'
     batch: int = 24                        # images drawn together
     seed: int = 0                          # of the personalisation and of the images

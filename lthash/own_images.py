@@ -76,7 +76,7 @@ def augment(dataset: str,                       # 'folder:PATH', or any data set
             size: int | None = None,            # side of the images written, pixels; default: the generator's
             shots: int = 16,                    # real images of a class shown to the generator, at most
             scale: float = 1.,                  # share of the personalisation budget
-            steps: int = 10, guidance: float = 2., seed: int = 0,
+            steps: int = 10, guidance: float = Synthetic.guidance, seed: int = 0,
             exam: int = 14_000,                 # images shown to the classifier that the gate examines; 0: no gate
             strict: bool = False,               # write nothing if the synthetic images fail the gate (`gate.Unfit`)
             format: str = 'png',

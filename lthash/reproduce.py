@@ -312,7 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
             ('--shots', dict(type=int, default=16, metavar='N', help='real images of a class shown to the generator, at most (default: 16)')),
             ('--scale', dict(type=float, default=1., metavar='SHARE', help='share of the personalisation budget (default: 1)')),
             ('--steps', dict(type=int, default=10, metavar='N', help='of the sampler (default: 10)')),
-            ('--guidance', dict(type=float, default=2., metavar='W', help='of the sampler; 1: none (default: 2)')),
+            ('--guidance', dict(type=float, default=3., metavar='W', help='of the sampler; 1: none (default: 3)')),
             ('--seed', dict(type=int, default=0, metavar='N')),
             ('--exam', dict(type=int, default=14_000, metavar='N', help='images shown to the classifier that judges the synthetic ones; 0: not judged (default: 14000)')),
             ('--strict', dict(action='store_true', help='write nothing if the judgement is bad')),

