@@ -180,7 +180,7 @@ def closest(a: Tensor, b: Tensor, chunk: int = 8192) -> tuple[Tensor, Tensor]:  
 
 # %% ../nbs/10c_loom_natural.ipynb #78052c9e
 NATURAL = BaseRecipe(size=32, latent_channels=8, vae_width=64, widths=(96, 128, 128), text_width=128, context=16, vae_steps=8000, vae_batch=32, vae_rate=1.5e-3, widen=False,
-                     steps=20_000, batch=64, warmup=100, cooldown=10_000, ema=.9995)
+                     steps=8000, batch=64, warmup=100, cooldown=4000, ema=.9995)
 NATURAL_GPU = BaseRecipe(size=32, latent_channels=8, vae_width=64, widths=(192, 256, 320), heads=8, text_width=192, text_layers=4, vae_steps=15_000, vae_batch=256, widen=False,     # about 60 million parameters: too large to ship
                          steps=30_000, batch=512, warmup=200, cooldown=15_000, ema=.9998)
 
