@@ -10,7 +10,7 @@ from torch import nn
 
 from lthash import augmentation, baselines, hashing, studies, trials, verdicts
 from lthash.baselines import TECHNIQUES, Baseline, Blended, LogitAdjusted, Selection, Views, Weighted, duplicated, effective_weights, resampled, smote
-from lthash.verdicts import best_cheap, comparison_table, contrast, contrast_table, paired_bootstrap, verdict
+from lthash.verdicts import best_cheap, comparison_table, contrast, contrast_table, forest, paired_bootstrap, verdict
 from lthash.training import Recipe, batch_indices
 
 TINY = trials.Trial(size=32, recipe=Recipe(passes=64, batch=32, rate=2e-3, augmentation='none'), train_per_class=12, val_per_class=2, imbalance='natural', bits=32)
@@ -164,6 +164,14 @@ def test_verdict_words():
     line = lambda low, high: dict(claim='a before b', comparison='x', difference=(low + high)/2, low=low, high=high, p=.5)
     for pair, word in (((1, 2), (3, 4)), 'holds'), (((1, 2), (-3, 4)), 'holds in part'), (((-1, 2), (-3, 4)), 'is not shown'), (((-2, -1), (-4, -3)), 'is reversed'):
         assert f'**{word}**' in verdict(pd.DataFrame([line(*p) for p in pair]))
+
+def test_every_comparison_is_drawn_where_it_lies_and_every_claim_judged():
+    told = pd.DataFrame([dict(claim='a before b', comparison='x', difference=1.5, low=1., high=2., p=.01), dict(claim='a before b', comparison='y', difference=0., low=-1., high=1., p=.9),
+                         dict(claim='c before d', comparison='x', difference=-3., low=-4., high=-2., p=.01)])
+    axis = forest(told).axes[0]
+    drawn = [(dots.get_xdata()[0], dots.get_color(), whiskers.get_segments()[0][:, 0].tolist()) for dots, _, (whiskers,) in axis.containers]
+    assert drawn == [(1.5, '#0072B2', [1., 2.]), (0., '0.5', [-1., 1.]), (-3., '#D55E00', [-4., -2.])]
+    assert [t.get_text() for t in axis.texts] == ['holds in part', 'is reversed'] and [t.get_text() for t in axis.get_yticklabels()] == ['a before b', 'c before d']
 
 def test_the_cheap_remedy_is_chosen_on_validation_images_and_never_on_queries():
     queries = rows_of({'mixup': 30., 'SMOTE': 31., 'LTHNet': 70., 'extra real images': 90., 'duplicates': 80.}).assign(protocol='paper')
