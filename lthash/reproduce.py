@@ -299,7 +299,7 @@ def main(arguments: list[str] | None = None) -> int:
     command(status, *shared, help='show what is done and what is left')
     command(refresh, ('only', dict(nargs='*', metavar='NN', help='only these notebooks')), help='for maintainers: store new outputs of profile cpu in nbs/')
     command(train_loom, ('--out', dict(metavar='FOLDER', help='the generator goes here (default: data/loom or data/loom-natural of the clone)')),
-            ('--natural', dict(action='store_true', help="photographs of Tiny-ImageNet in place of textiles: a night on two CPU cores")),
+            ('--natural', dict(action='store_true', help="photographs of Tiny-ImageNet in place of textiles: three hours of one CPU core")),
             ('--images', dict(type=int, default=100_000, metavar='N', help='textiles to render and train on (default: 100,000)')),
             help='train the embedded text-to-image generator from nothing: two to three hours on two CPU cores; a killed training continues')
     command(augment, ('dataset', dict(help="folder:PATH with one folder a class, divided into train/ and val/ or not, or a data set by name")),
