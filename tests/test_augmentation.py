@@ -232,6 +232,9 @@ def test_ablations_and_remedies_ask_what_they_say(monkeypatch):
     for profile in runs.PROFILES:
         for study in studies.studies(profile):
             asked, one = ablations(study), remedies(study)
+            if not asked:
+                assert (profile, study.base.dataset) == ('real', 'imagenette')                # on silk only there
+                continue
             assert {len(cells) for answers in asked.values() for cells in answers.values()} == {len(cells) for cells in one.values()} == {study.seeds}
             only = lambda question, answer: asked[question][answer][0]
             assert only('modules', 'pretrain only').plan.balance == 0 and only('modules', 'balance only').plan.pretrain == 0 and only('modules', 'neither').regime == 'long-tail'

@@ -161,17 +161,18 @@ def test_table_arithmetic_beside_the_paper():
     assert nothing_lost.loc['attndreambooth', 'won back'] == '–'
 
 def test_verdict_words():
-    line = lambda low, high: dict(claim='a before b', comparison='x', difference=(low + high)/2, low=low, high=high, p=.5)
+    line = lambda low, high: dict(claim='a before b', dataset='silk', comparison='x', difference=(low + high)/2, low=low, high=high, p=.5)
     for pair, word in (((1, 2), (3, 4)), 'holds'), (((1, 2), (-3, 4)), 'holds in part'), (((-1, 2), (-3, 4)), 'is not shown'), (((-2, -1), (-4, -3)), 'is reversed'):
         assert f'**{word}**' in verdict(pd.DataFrame([line(*p) for p in pair]))
 
 def test_every_comparison_is_drawn_where_it_lies_and_every_claim_judged():
-    told = pd.DataFrame([dict(claim='a before b', comparison='x', difference=1.5, low=1., high=2., p=.01), dict(claim='a before b', comparison='y', difference=0., low=-1., high=1., p=.9),
-                         dict(claim='c before d', comparison='x', difference=-3., low=-4., high=-2., p=.01)])
-    axis = forest(told).axes[0]
-    drawn = [(dots.get_xdata()[0], dots.get_color(), whiskers.get_segments()[0][:, 0].tolist()) for dots, _, (whiskers,) in axis.containers]
-    assert drawn == [(1.5, '#0072B2', [1., 2.]), (0., '0.5', [-1., 1.]), (-3., '#D55E00', [-4., -2.])]
-    assert [t.get_text() for t in axis.texts] == ['holds in part', 'is reversed'] and [t.get_text() for t in axis.get_yticklabels()] == ['a before b', 'c before d']
+    told = pd.DataFrame([dict(claim='a before b', dataset='silk', comparison='x', difference=1.5, low=1., high=2., p=.01), dict(claim='a before b', dataset='silk', comparison='y', difference=0., low=-1., high=1., p=.9),
+                         dict(claim='a before b', dataset='imagenette', comparison='x', difference=-3., low=-4., high=-2., p=.01)])
+    axes = forest(told).axes
+    drawn = [[(dots.get_xdata()[0], dots.get_color(), whiskers.get_segments()[0][:, 0].tolist()) for dots, _, (whiskers,) in axis.containers] for axis in axes]
+    assert drawn == [[(1.5, '#0072B2', [1., 2.]), (0., '0.5', [-1., 1.])], [(-3., '#D55E00', [-4., -2.])]]
+    assert [[t.get_text() for t in axis.texts] for axis in axes] == [['holds in part'], ['is reversed']]
+    assert [axis.get_title() for axis in axes] == ['silk', 'imagenette'] and [t.get_text() for t in axes[0].get_yticklabels()] == ['a before b']
 
 def test_the_cheap_remedy_is_chosen_on_validation_images_and_never_on_queries():
     queries = rows_of({'mixup': 30., 'SMOTE': 31., 'LTHNet': 70., 'extra real images': 90., 'duplicates': 80.}).assign(protocol='paper')

@@ -12,7 +12,7 @@ from lthash.generation import quality_table, ranking
 from lthash.notebooks import read_cells, readme, source, tagged_cells
 from lthash.runs import markdown
 from lthash.tables import cost_table
-from lthash.verdicts import comparison_table, contrast_table, judged, on_record, verdict
+from lthash.verdicts import by_claim, comparison_table, contrast_table, judged, on_record, verdict
 
 NUMBERED = sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))
 ALL = NUMBERED + sorted((ROOT/'nbs').glob('index.ipynb'))
@@ -90,4 +90,11 @@ def test_the_front_page_shows_the_augmented_framework_on_record():
     told = contrast_table(pd.concat([on_record('table1'), on_record('verdict')]))
     text = (ROOT/'README.md').read_text(encoding='utf-8')
     assert markdown(shown) in text
-    for claim, own in told.groupby('claim', sort=False): assert (verdict(own) in text) == (judged(own) != 'holds'), claim
+    for claim, name, own in by_claim(told): assert (verdict(own) in text) == (judged(own) != 'holds'), (claim, name)
+
+
+def test_the_card_of_loom_natural_shows_the_rows_on_record():
+    table = on_record('loom-natural').pivot_table(index='variant', columns='metric', values='value').dropna(subset='KID')
+    card = (ROOT/'data'/'loom-natural'/'README.md').read_text(encoding='utf-8')
+    assert len(table) == 4
+    for name, r in table.iterrows(): assert f"| {name} | {abs(r['KID']):.2f} | {r['top-1 agreement (%)']:.1f} % | {r['top-5 agreement (%)']:.1f} % |" in card, name

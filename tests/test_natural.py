@@ -1,6 +1,6 @@
 """loom-natural: its words and captions, what must not be in its training set, its layout, and the way from a personalised generator to images of ImageNette."""
 import io, json, zipfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from lthash import datasets, generators, loom, natural
+from lthash import datasets, generators, loom, natural, runs
 from lthash.generation import Synthetic, synthetic_set
 from lthash.stages import METHODS
 
@@ -135,6 +135,16 @@ def test_train_natural_leaves_a_generator_that_loads_and_says_what_it_saw(traine
     pipe = generators.load(str(trained), device='cpu')
     assert sum(k.endswith('attn2') for k, _ in pipe.unet.named_modules()) == 16
     assert all(len(pipe.tokenizer.tokenize(w)) == 1 for _, word in natural.IMAGENETTE.values() for w in word.split())
+
+def test_the_shipped_generator_is_what_its_card_says():
+    folder = runs.project_data()/'loom-natural'
+    files, about = {f: f.stat().st_size for f in folder.rglob('*.safetensors')}, json.loads((folder/'training.json').read_text())
+    assert max(files.values()) < 16e6 and sum(files.values()) < 30e6
+    assert about['recipe'] == json.loads(json.dumps(asdict(natural.NATURAL))) and '80,000 photographs' in about['data'] and about['images'] == 160_000
+    pipe = generators.load('loom-natural', device='cpu')
+    assert all(len(pipe.tokenizer.tokenize(w)) == 1 for k in natural.KINDS for w in k.split())
+    fruit, coast = (generators.sample(pipe, f'a photo of a {word}', range(6), steps=6, guidance=3.).float().mean((0, 2, 3)) for word in ('banana', 'seashore'))
+    assert fruit[0] - fruit[2] > coast[0] - coast[2] + 30                                     # yellow against blue, in grey levels
 
 def test_a_large_unet_is_stored_in_parts_and_loads_again(tmp_path):
     pipe = loom.build(replace(TINY, widths=(64, 128, 128)), ['a photo of a dog'])
