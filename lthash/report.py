@@ -196,9 +196,10 @@ def write_page(out: Path,                # the folder of a reproduction: figures
 # %% ../nbs/08_report.ipynb #4445d34e
 def remaining(jobs: list[Entry], elapsed: float, width: int = 1) -> float | None:
     "Seconds left for `jobs`, those from number 10 on `width` at a time; None before there is anything to judge by."
-    known = [j.expected for j in jobs if j.expected]
-    usual = sum(known)/len(known) if known else 1.
-    weights = [(j.expected or usual)/(width if j.number >= 10 else 1) for j in jobs]
+    usual = {j.name: 5. if j.number >= 10 else 1. for j in jobs}      # at profile cpu a study takes five times what a module takes
+    known = [j.expected/usual[j.name] for j in jobs if j.expected]
+    scale = sum(known)/len(known) if known else 1.
+    weights = [(j.expected or scale*usual[j.name])/(width if j.number >= 10 else 1) for j in jobs]
     left, done = sum(w*(1 - j.share) for w, j in zip(weights, jobs)), sum(w*j.share for w, j in zip(weights, jobs))
     return left if known else elapsed*left/done if done else None
 

@@ -124,10 +124,11 @@ def _work(job: Job, out: Path, profile: str, folder: Path, environment: dict, pi
     record(job, out, profile)                            # last: only now it is done
 
 # %% ../nbs/09_reproduce.ipynb #b8284196
+def _cores() -> int: return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
 def _environment(home: Path, width: int) -> dict[str, str]:
     "Environment of the kernels: no progress bars or windows, one order of hashing, and `1/width` of the cores each."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    threads = {name: os.environ.get(name) or str(max(1, cores//width)) for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'NUMBA_NUM_THREADS')}
+    threads = {name: os.environ.get(name) or str(max(1, _cores()//width)) for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'NUMBA_NUM_THREADS')}
     return {**os.environ, 'LTHASH_HOME': str(home), 'MPLBACKEND': 'module://matplotlib_inline.backend_inline', 'TQDM_DISABLE': '1', 'PYTHONHASHSEED': '0',
             'PYDEVD_DISABLE_FILE_VALIDATION': '1', **(threads if width > 1 else {})}
 
@@ -199,13 +200,14 @@ FORECASTS = dict.fromkeys(('13_augmented_hashing', '14_comparison', '30_ablation
 def reproduce(profile: str = 'cpu',
               only: list[str] = (),             # numbers or names; all if empty
               out: str | None = None,           # default: reports/ in the clone
-              jobs: int = 1,                    # notebooks at once, from number 10 on
+              jobs: int | None = None,          # notebooks at once, from number 10 on; None: two at profile cpu if there are two cores, else one
               dry_run: bool = False,            # say what would run
               notebooks: str | None = None,     # default: nbs/ of the clone
               index: bool = False,              # index.ipynb too
              ) -> int:                          # 0, 1 if a notebook failed, 130 if interrupted
     "Run the notebooks that are not done, and keep `results.csv` and `index.html` up to date."
     if profile not in PROFILES: raise Refused(f"a profile is one of {', '.join(PROFILES)}; found {profile!r}")
+    if jobs is None: jobs = min(2, _cores()) if profile == 'cpu' else 1
     if jobs < 1: raise Refused(f'--jobs is 1 or more; found {jobs}')
     console = Console(highlight=False, soft_wrap=True)
     folder, home, out = _places(notebooks, out)
@@ -294,7 +296,7 @@ def main(arguments: list[str] | None = None) -> int:
               ('--out', dict(metavar='FOLDER', help='figures, tables, results.csv and index.html go here (default: reports/ in the clone)')))
     command(reproduce, *shared,
             ('--only', dict(nargs='+', default=[], metavar='NN', help='only these notebooks, by number or name')),
-            ('--jobs', dict(type=int, default=1, metavar='N', help='notebooks at once, from number 10 on (default: 1)')),
+            ('--jobs', dict(type=int, metavar='N', help='notebooks at once, from number 10 on (default: two at profile cpu, else one)')),
             ('--dry-run', dict(action='store_true', help='say what would run')), help='run the notebooks that are not done yet')
     command(status, *shared, help='show what is done and what is left')
     command(refresh, ('only', dict(nargs='*', metavar='NN', help='only these notebooks')), help='for maintainers: store new outputs of profile cpu in nbs/')

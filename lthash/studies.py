@@ -128,7 +128,7 @@ def studies(profile: str) -> list[Study]:
     if profile == 'real':
         full = replace(quick, passes=28_000, precision='bfloat16')
         networks = lambda start: {'alexnet-small': ('random', full), 'resnet20': (start, full), 'vit-small': ('random', replace(full, passes=14_000, rate=3e-4))}
-        ablated = dict(pretrain=40, balance=60, personalised=('tail',)), dict(pretrain=(0, 20, 40, 80), shots=(1, 4, 16), guidance=(1., 3., 10.)), .25
+        ablated = dict(pretrain=40, balance=60, personalised=('tail',)), dict(pretrain=(0, 20, 40, 80, 160, 320, 700), shots=(1, 4, 16), guidance=(1., 3., 10.)), .25
         return [Study(replace(silk, train_per_class=200, val_per_class=40), networks('random'), (32, 64), 3, dict(pretrain=120), dict(steps=10, batch=30), *ablated),
                 Study(imagenette, networks('cifar10'), (32, 64), 3, dict(pretrain=500), dict(generator='loom-natural', steps=10, batch=50), sweeps={})]
     if profile == 'paper':
