@@ -185,7 +185,7 @@ class Report:
             atomic_write(self.out/'figures'/f'{name}.svg', lambda p: fig.savefig(p, dpi=dpi, bbox_inches='tight', metadata={'Date': None}))
             pixels = io.BytesIO()
             fig.savefig(pixels, dpi=dpi, bbox_inches='tight')
-            atomic_write(self.out/'figures'/f'{name}.png', lambda p: Picture.open(pixels).convert('RGB').quantize(256).save(p, optimize=True))   # a palette: a third of the size
+            atomic_write(self.out/'figures'/f'{name}.png', lambda p: Picture.open(pixels).convert('RGB').quantize(256, kmeans=1).save(p, optimize=True))   # a palette: a third of the size
         plt.close(fig)
         self._register('figure', name, caption)
         return Image(filename=str(self.out/'figures'/f'{name}.png'), alt=caption)
