@@ -92,6 +92,11 @@ def test_the_front_page_shows_the_augmented_framework_on_record():
     assert markdown(shown) in text
     for claim, name, own in by_claim(told): assert (verdict(own) in text) == (judged(own) != 'holds'), (claim, name)
 
+    swept = on_record('ablations').query("dataset == 'silk' and protocol == 'paper' and group == 'all' and metric == 'mAP (%)'")
+    means = swept[swept.variant.str.startswith('synthetic images: ')].groupby('variant').value.mean()
+    assert len(means) == 7
+    for variant, mean in means.items(): assert f"{variant.split(': ')[1]} give {mean:.1f} %" in text, variant
+
 
 def test_the_card_of_loom_natural_shows_the_rows_on_record():
     table = on_record('loom-natural').pivot_table(index='variant', columns='metric', values='value').dropna(subset='KID')
