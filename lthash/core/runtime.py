@@ -78,8 +78,9 @@ def digest(value: Any, size: int = 8) -> str:
     "Hex digest (2*`size` characters) of a plain value, dataclass or bytes: equal on every machine for equal values."
     if is_dataclass(value):
         value = asdict(value)
-    raw = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True, default=str, ensure_ascii=False).encode()
-    return hashlib.blake2b(raw, digest_size=size).hexdigest()
+    if not isinstance(value, bytes):
+        value = json.dumps(value, sort_keys=True, default=str, ensure_ascii=False).encode()
+    return hashlib.blake2b(value, digest_size=size).hexdigest()
 
 def derive_seed(*parts: Any) -> int:
     "A 63-bit seed from any plain values: `derive_seed('batch', seed, step)`."
@@ -87,7 +88,7 @@ def derive_seed(*parts: Any) -> int:
 
 def seed_everything(*parts: Any) -> int:
     "Seed python, numpy and torch (all devices) from `derive_seed(*parts)`; returns that seed."
-    import torch      # here and below, not above: the command line answers without it
+    import torch  # here and below, not above: the command line answers without it
     seed = derive_seed(*parts)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -96,7 +97,7 @@ def seed_everything(*parts: Any) -> int:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    "Within, torch on the CPU draws from `seed`; afterwards its global state is as before. CUDA generators are not touched."
+    "Within, torch on the CPU draws from `seed`; afterwards its global state is as before. CUDA is not touched."
     import torch
     with torch.random.fork_rng(devices=[]), torch.device('cpu'):
         torch.default_generator.manual_seed(seed)
@@ -126,7 +127,7 @@ def versions() -> dict[str, str]:
 
 # %% ../../nbs/core/00_runtime.ipynb #c2bcb5e1
 def atomic_write(path: str | Path,
-                 content: str | bytes | Callable[[Path], Any],   # text, bytes, or a function that writes the file it is given
+                 content: str | bytes | Callable[[Path], Any],   # or a function that writes the file it is given
                 ) -> Path:
     "Write a file so that it is whole or untouched, even under `kill -9`."
     path = Path(path)

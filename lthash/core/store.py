@@ -129,12 +129,15 @@ def _is_library(module: str) -> bool:
         return False
     spec = importlib.util.find_spec(module.split('.')[0])
     origin = spec.origin if spec else None
-    return origin is None or 'site-packages' in origin or origin.startswith((sys.prefix, sys.base_prefix)) or origin == 'built-in'
+    if origin is None or origin == 'built-in':
+        return True
+    return 'site-packages' in origin or origin.startswith((sys.prefix, sys.base_prefix))
 
 def code_digest(*objects: Any) -> str:
-    """Digest of the source of functions, classes, dataclass instances and plain values, and of all the project's code they use.
+    """Digest of functions, classes, dataclass instances and plain values, with all of the project's code that they use.
 
-    Comments and docstrings do not count, entries of tables annotated `Registry` only if they are passed themselves. Libraries count by name.
+    Comments and docstrings do not count; entries of tables annotated `Registry` count only if they are passed
+    themselves; libraries count by name.
     """
     closure = _Closure()
     values = [closure.add(o) for o in objects]
