@@ -11,41 +11,50 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 # %% ../../nbs/models/01_hashnet.ipynb #e2159e17
 class HashNet(nn.Module):
     "Images to hash outputs: normalise, backbone, head. The code is the sign of the output."
-    def __init__(self, backbone: nn.Module, head: nn.Module):   # backbone: with `out_features`, `mean`, `std`
+    def __init__(self,
+                 backbone: nn.Module,   # (n, 3, s, s) -> (n, out_features); with `out_features`, `mean` and `std`
+                 head: nn.Module,       # (n, out_features) -> (n, bits)
+                ):
         super().__init__()
         self.backbone, self.head = backbone, head
-        for name in ('mean', 'std'): self.register_buffer(name, torch.tensor(getattr(backbone, name))[:, None, None], persistent=False)
+        self.register_buffer('mean', torch.tensor(backbone.mean)[:, None, None], persistent=False)
+        self.register_buffer('std', torch.tensor(backbone.std)[:, None, None], persistent=False)
         self.values_checked = False
 
     def features(self, x: Tensor) -> Tensor:   # (n, 3, s, s) floats in [0, 1] -> (n, out_features)
+        "Features of normalised images. ValueError for anything but floats in [0, 1]."
         if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
-            raise ValueError(f'images are floats in [0, 1] of shape (n, 3, size, size); found {x.dtype} {tuple(x.shape)}')
+            raise ValueError(f'images are floats in [0, 1] of shape (n, 3, s, s); found {x.dtype} {tuple(x.shape)}')
         if not self.values_checked:   # once, as it would stall a GPU at every step; resampling may overshoot a little
-            if not (x.min() > -.5 and x.max() < 1.5): raise ValueError(f'images lie in [0, 1]; found {x.min():.3g}..{x.max():.3g}: divide bytes by 255, and leave the normalisation to the network')
+            if not (x.min() > -.5 and x.max() < 1.5):
+                raise ValueError(f'images lie in [0, 1]; found {x.min():.3g}..{x.max():.3g}: divide bytes by 255, '
+                                 'and leave the normalisation to the network')
             self.values_checked = True
         return self.backbone((x - self.mean)/self.std)
 
     def forward(self, x: Tensor) -> Tensor:    # (n, 3, s, s) floats in [0, 1] -> (n, bits) float32
+        "Real-valued outputs; the head computes in float32."
         f = self.features(x)
-        with torch.autocast(f.device.type, enabled=False):                         # bf16 would round outputs near 0 and near tanh's ends
+        with torch.autocast(f.device.type, enabled=False):     # bf16 would round outputs near 0 and near tanh's ends
             return self.head(f.float() if f.dtype in (torch.float16, torch.bfloat16) else f)
 
+# %% ../../nbs/models/01_hashnet.ipynb #98f02ff3
 def param_groups(net: HashNet, lr: float, backbone_lr_mult: float = 1.) -> list[dict[str, Any]]:
-    "Parameter groups of an optimiser: the head learns at `rate`, the backbone at `rate * backbone_scale`."
-    parts = {'backbone': (net.backbone, lr*backbone_lr_mult), 'head': (net.head, lr)}
-    return [{'name': name, 'params': [p for p in part.parameters() if p.requires_grad], 'lr': lr} for name, (part, lr) in parts.items()]
+    "Parameter groups of an optimiser: the head learns at `lr`, the backbone at `lr*backbone_lr_mult`."
+    parts = (('backbone', net.backbone, lr*backbone_lr_mult), ('head', net.head, lr))
+    return [{'name': name, 'params': [p for p in part.parameters() if p.requires_grad], 'lr': own}
+            for name, part, own in parts]
 
-# %% ../../nbs/models/01_hashnet.ipynb #312b144d
 def linear_head(features: int, bits: int) -> nn.Linear:
+    "A linear layer without bias, weights from a normal distribution of deviation 0.01 (OrthoHash, DPN)."
     layer = nn.Linear(features, bits, bias=False)
     nn.init.normal_(layer.weight, std=.01)
     return layer
 
-# %% ../../nbs/models/01_hashnet.ipynb #98f02ff3
-def signs(v: Tensor) -> Tensor:
+# %% ../../nbs/models/01_hashnet.ipynb #1dc85f59
+def signs(v: Tensor) -> Tensor:    # any shape -> the same, entries -1 or +1
     "The code of an output: +1 where v > 0, else -1 (never 0, unlike `torch.sign`)."
     return torch.where(v > 0, 1., -1.).to(v.dtype)
