@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core.store import code_digest
 from .base import ImageSet, retrieval_split
-from .datasets import dataset_loader, load
+from .datasets import DATASETS, load
 from .longtail import class_counts, take
 from .silk import natural_counts
 
@@ -65,4 +65,4 @@ def training_set(config: DataConfig,
 # %% ../../nbs/data/08_config.ipynb #7bb44e27
 def data_code(dataset: str) -> str:
     "Digest of the code that a data set's images and their long tail depend on."
-    return code_digest(dataset_loader(dataset), load_data, training_set, retrieval_split)
+    return code_digest(DATASETS.get(dataset), load_data, training_set, retrieval_split)
