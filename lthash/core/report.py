@@ -54,7 +54,7 @@ def row_frame(rows: Iterable[dict] | pd.DataFrame) -> pd.DataFrame:
     "Rows with all `ROW_COLUMNS`: absent text is '', an absent number is missing. Raises on other columns."
     frame = pd.DataFrame(rows, dtype=object)
     check_columns(frame.columns)
-    frame = frame.reindex(columns=ROW_COLUMNS)
+    frame = frame.reindex(columns=ROW_COLUMNS).astype(object)
     frame[_TEXT] = frame[_TEXT].fillna('').astype(str)
     numbers = [c for c in ROW_COLUMNS if c not in (*_TEXT, 'cas_passed')]
     frame[numbers] = frame[numbers].apply(pd.to_numeric)
@@ -134,7 +134,7 @@ def reported(paper: str = 'longtail',    # longtail (mAP in percent) | bscdh (mA
              **where: Any,               # column = value
             ) -> pd.DataFrame:
     "The numbers a paper prints: `reported(table='table1', dataset='imagenette')`."
-    frame = row_frame(pd.read_csv(project_data()/'reported'/'reported_results.csv')).dropna(axis=1, how='all')
+    frame = read_rows(project_data()/'reported'/'reported_results.csv').dropna(axis=1, how='all')
     keep = frame.paper == paper
     for column, value in where.items():
         keep &= frame[column] == value
