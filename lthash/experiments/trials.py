@@ -174,7 +174,7 @@ class Trial(DataConfig, AbstractTrial):
             metric='mAP (%)', images=result['images'], samples=self.recipe.samples,
             skipped=result['skipped'] or None, stopped_early=result['stopped_early'] or None,
             seconds=result['seconds'], device=result['device'], versions=result['versions'],
-            substitutes=result['substitutes'], **self.facts(result)) | columns
+            substitutes=result['substitutes']) | self.facts(result) | columns
         rows = [{**common, 'protocol': protocol, 'group': group, 'value': round(100*value, 3)}
                 for protocol in PROTOCOLS
                 for group, value in {'all': result[protocol]['mAP'], **result[protocol]['group mAP']}.items()]
