@@ -128,7 +128,7 @@ def gap_recovered(value: float,       # mAP (%), as are the ends
                  ) -> str:
     "Share of the gap in percent, '–' where it is not known or smaller than two points."
     known = balanced - longtail >= _GAP and not np.isnan(value)
-    return f'{100*(value - longtail)/(balanced - longtail):.0f}' if known else '–'
+    return str(round(100*(value - longtail)/(balanced - longtail))) if known else '–'
 
 def comparison_table(rows: pd.DataFrame,          # of one protocol and metric mAP (%)
                      table: str | None = None,    # the paper's: table1 | table2 | table3; None: without its numbers
