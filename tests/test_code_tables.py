@@ -1,57 +1,10 @@
-"Tables and verdicts of the unsupervised study: words follow from rows, and every planned trial can be made."
-import numpy as np
-import pandas as pd
+"The unsupervised study: every planned trial can be made."
 import pytest
-from hypothesis import given, settings, strategies as st
 
 from lthash import code_trials
-from lthash.code_tables import best_variant, bias_verdict, differences, methods_table
 from lthash.code_trials import CLASSICAL, CONTRASTIVE, GENERATIVE, MOCO, STRUCTURAL, STUDIES, CodeTrial, Study, code_rows, planned, trial_recipe
 from lthash.contrastive import make_method, method_class
-from lthash.runs import ROW_COLUMNS, RUN_COLUMNS, reported
-
-
-def rows(values: dict, dataset='cifar10', bits=(64,), protocol='paper'):
-    "{method: [value of seed 0, 1, ...]}, the same at every code length."
-    return pd.DataFrame([dict(dataset=dataset, method=m, bits=b, seed=s, value=v, protocol=protocol) for m, vs in values.items() for b in bits for s, v in enumerate(vs)])
-
-
-@pytest.mark.parametrize('rival,word', [([.60, .61, .62], 'better'), ([.80, .81, .82], 'worse'), ([.70, .71, .715], 'no different')])
-def test_the_verdict_follows_from_the_rows(rival, word):
-    text = bias_verdict(rows({'BSCDH': [.70, .71, .72], 'InfoNCE': rival}, bits=(16, 64)))
-    assert f'**{word}**' in text and text.count('bits') == 2 and 'DCL' not in text
-
-
-def test_verdicts_of_lengths_that_disagree_and_of_one_seed():
-    mixed = pd.concat([rows({'BSCDH': [.7, .71], 'CIBH': [.6, .61]}, bits=(16,)), rows({'BSCDH': [.7, .71], 'CIBH': [.8, .81]}, bits=(64,))])
-    assert '**better and worse**' in bias_verdict(mixed)
-    part = pd.concat([rows({'BSCDH': [.7, .71], 'CIBH': [.6, .61]}, bits=(16,)), rows({'BSCDH': [.7, .71], 'CIBH': [.7, .71]}, bits=(64,))])
-    assert '**better in part**' in bias_verdict(part)
-    assert 'one seed only, no verdict' in bias_verdict(rows({'BSCDH': [.9], 'CIBH': [.1]}))
-
-
-@given(ours=st.lists(st.floats(0, 1), min_size=2, max_size=5), theirs=st.lists(st.floats(0, 1), min_size=2, max_size=5))
-@settings(max_examples=30, deadline=None)
-def test_differences_by_hand(ours, theirs):
-    n = min(len(ours), len(theirs))                                # seeds that only one has do not count
-    found = differences(rows({'BSCDH': ours, 'DCL': theirs}))
-    assert len(found) == 1 and found.seeds[0] == n
-    assert found.difference[0] == pytest.approx(np.mean(ours[:n]) - np.mean(theirs[:n]), abs=1e-12)
-    assert found.spread[0] == pytest.approx(np.sqrt((np.var(ours[:n], ddof=1) + np.var(theirs[:n], ddof=1))/2), abs=1e-9)
-
-
-def test_options_are_never_chosen_on_queries():
-    frame = rows({'BSCDH': [.7, .8]}).assign(variant=['a', 'b'])
-    with pytest.raises(ValueError, match='validation'): best_variant(frame)
-    assert best_variant(frame.assign(protocol='validation')) == 'b'
-
-
-def test_paper_numbers_stand_beside_ours():
-    table = methods_table(rows({'BSCDH': [.30, .32], 'ITQ': [.2, .2]}, bits=(16, 64))).set_index('method')
-    paper = reported('bscdh', table='table1', dataset='cifar10').set_index(['method', 'bits']).value
-    assert table.loc['BSCDH', 'cifar10 16 bits'] == '0.310 ± 0.014' and table.loc['BSCDH', 'paper cifar10 64'] == f"{paper['BSCDH', 64]:.3f}"
-    assert table.loc['ITQ', 'paper cifar10 16'] == '–' and table.loc['ITQ', 'what'] == '2 seeds'
-    for m in ('DDCH', 'S2H', 'UDTrHash'): assert table.loc[m, 'what'] == 'reported, not run' and table.loc[m, 'cifar10 16 bits'] == '–'
+from lthash.runs import ROW_COLUMNS, RUN_COLUMNS
 
 
 @pytest.mark.parametrize('profile', [p for p in STUDIES if p != 'real'])      # 'real' looks at no image here either, but its plan is that of 'paper' with other sizes
