@@ -78,6 +78,7 @@ def longtail_tables() -> list[Table]:
                    rows, longtail_claims(rows))
     return [*tables, claims]
 
+# %% ../../nbs/experiments/10_results.ipynb #4a470b15
 def sampling_table(rows: pd.DataFrame) -> pd.DataFrame:
     "Rows of table 'generation sweep': one line per sampler, number of steps and guidance, mean over classes."
     by = ['sampler', 'steps', 'guidance']
@@ -102,6 +103,7 @@ def photograph_table(rows: pd.DataFrame) -> pd.DataFrame:
                           **{m: f'{r[m]:.1f}' for m in ('top-1 agreement (%)', 'top-5 agreement (%)')}}
                          for _, r in wide.iterrows()])
 
+# %% ../../nbs/experiments/10_results.ipynb #9b3288c6
 def generation_tables() -> list[Table]:
     "The generated images: quality, ranking, and the choice of guidance, steps and sampler."
     rows = recorded('generation')
@@ -120,6 +122,7 @@ def generation_tables() -> list[Table]:
               photograph_table(recorded('loom-natural'))),
     ]
 
+# %% ../../nbs/experiments/10_results.ipynb #358656cd
 def augmentation_tables() -> list[Table]:
     "Tables 1 to 3, the generator-free baselines, the ablations, and the verdicts on the claims."
     tables = []
@@ -177,6 +180,7 @@ def level_table(rows: pd.DataFrame,                      # protocols 'paper' and
         lines.append({**dict(zip(by, entry)), **cells, 'seeds': int(found.loc[(*entry, 'paper'), 'count'])})
     return pd.DataFrame(lines)
 
+# %% ../../nbs/experiments/10_results.ipynb #d32f528e
 def suppression_table(rows: pd.DataFrame) -> pd.DataFrame:
     "Rows of table 'table4': mAP by hp_s, and the paper's numbers."
     printed = reported('bscdh', table='table4')
@@ -201,6 +205,7 @@ def database_table(rows: pd.DataFrame,       # of table 'all images'
     return pd.DataFrame([{'method': r.method, '5,000 images': f'{few[r.method]:.3f}',
                           'whole database': f'{r.value:.3f}'} for r in rows.itertuples()])
 
+# %% ../../nbs/experiments/10_results.ipynb #87ed5ec1
 def unsupervised_tables() -> list[Table]:
     "Paper B's tables and what it leaves open."
     main = recorded_codes('table1')

@@ -119,8 +119,9 @@ _GAP = 2.            # points between balanced and long-tailed mAP; a share of a
 _PRINTED_AS = {'alexnet': 'AlexNet', 'resnet50': 'ResNet50', 'vit_b_16': 'ViT'}     # the paper's names of its networks
 
 def paper_network(backbone: str) -> str:
-    "The network of paper A beside which a backbone stands: itself, or the one it is a substitute for."
-    return _PRINTED_AS[BACKBONES[backbone].stands_in or backbone]
+    "The network of paper A beside which a backbone stands: itself, or the one it is a substitute for; '–' if none."
+    known = backbone in BACKBONES and BACKBONES[backbone].stands_in
+    return _PRINTED_AS.get(known or backbone, '–')
 
 def gap_recovered(value: float,       # mAP (%), as are the ends
                   longtail: float,
