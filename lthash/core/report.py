@@ -45,6 +45,12 @@ _TEXT = [
     'device', 'versions', 'substitutes', 'note',
 ]
 
+_WHOLE = [
+    'guidance', 'steps', 'bits', 'size', 'seed', 'images', 'classes', 'samples', 'epochs', 'kept_epoch', 'views',
+    'hidden', 'queue', 'synthetic_images', 'pretrain_samples', 'cas_images', 'cas_classes', 'cas_tested', 'cas_seeds',
+    'skipped',
+]
+
 def check_columns(columns: Iterable[str]) -> None:
     "A `ValueError` that names every column that is none of `ROW_COLUMNS`."
     if unknown := sorted(set(columns) - set(ROW_COLUMNS)):
@@ -103,10 +109,11 @@ class Report:
 
     def rows(self, rows: Iterable[dict] | pd.DataFrame) -> pd.DataFrame:
         "Save result rows as this notebook's part of `results.csv`; returns them with all `ROW_COLUMNS`."
-        given = rows.to_dict('records') if isinstance(rows, pd.DataFrame) else rows
-        rows = [{'profile': self.profile, **r} for r in given]
         frame = row_frame(rows)
-        written = pd.DataFrame(rows, dtype=object).reindex(columns=ROW_COLUMNS)   # 3 stays 3 beside a missing value
+        frame['profile'] = frame.profile.replace('', self.profile)
+        whole = lambda v: int(v) if pd.notna(v) and v == int(v) else v
+        columns = {c: pd.Series([whole(v) for v in frame[c]], frame.index, dtype=object) for c in _WHOLE}
+        written = frame.assign(**columns)      # 3 stays 3 beside a missing value
         atomic_write(self.out/'rows'/f'{self.notebook}.csv', written.to_csv(index=False))
         return frame
 

@@ -35,6 +35,10 @@ def test_rows_of_a_frame_are_written_like_rows_of_dicts(tmp_path):
     one = report.rows([{'method': 'CSQ', 'bits': 64, 'value': .5}])
     other = report.rows(one)
     pd.testing.assert_frame_equal(one, other)
+    report.rows(row_frame([{'seed': 0, 'epochs': 40., 'kept_epoch': 34.995, 'value': 1.}, {'value': 2.}]))
+    text = pd.read_csv(tmp_path/'rows'/'papers'/'00_toy.csv', dtype=str, keep_default_na=False)
+    assert text[['profile', 'seed', 'epochs', 'kept_epoch', 'value']].values.tolist() \
+        == [['cpu', '0', '40', '34.995', '1.0'], ['cpu', '', '', '', '2.0']]
     assert len(report.rows([])) == 0 and list(read_rows(tmp_path/'rows'/'papers'/'00_toy.csv')) == ROW_COLUMNS
 
 
