@@ -89,7 +89,8 @@ def test_heads_are_the_published_ones():
 
 
 @pytest.mark.parametrize('backbone, size, options, expected', [
-    ('resnet20', 32, {}, .5), ('alexnet', 64, {}, 0.), ('vit-small', 32, {}, .5), ('resnet20', 32, {'dropout': .1}, .1)])
+    ('resnet20', 32, {}, .5), ('alexnet', 64, {}, 0.), ('vit-small', 32, {}, .5), ('resnet20', 32, {'dropout': .1}, .1),
+])
 def test_dropout_of_csq(backbone, size, options, expected):
     "AlexNet has dropout of its own."
     net, _ = build('csq', backbone, bits=16, classes=10, size=size, **options)
