@@ -19,7 +19,6 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
-import torch
 from filelock import FileLock
 from torch import Tensor
 from torchvision.datasets.utils import download_url
@@ -215,8 +214,8 @@ def load_folder(path: str | Path,
     path = Path(path).expanduser().resolve()
     if not path.is_dir():
         found = 'is a file' if path.exists() else 'does not exist'
-        raise FileNotFoundError('folder:PATH needs a folder of class folders (PATH/CLASS/image.jpg, or PATH/train/CLASS '
-                                f'and PATH/val/CLASS); {path} {found}')
+        raise FileNotFoundError('folder:PATH needs a folder of class folders (PATH/CLASS/image.jpg, or '
+                                f'PATH/train/CLASS and PATH/val/CLASS); {path} {found}')
     info, images = _read(f'folder-{path.name}', path, size)
     table = {f: (f, f) for f in sorted(set(info['folders']))}
     # the name without the folders above, so that it is the same on every machine
