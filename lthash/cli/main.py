@@ -19,7 +19,6 @@ from rich.markup import escape
 
 import lthash
 from ..core.runtime import PROFILES, atomic_write
-from ..experiments import runner
 from ..experiments.artefacts import duration
 from ..experiments.jobs import Job, choose, folders, survey
 from ..experiments.notebooks import Refused
@@ -48,7 +47,7 @@ def reproduce(profile: str = 'cpu',
              ) -> int:                          # exit status
     "Run the notebooks that are not done, or say what would run."
     if not dry_run:
-        return runner.reproduce(profile, only, out, jobs, notebooks)
+        return resolve_name('lthash.experiments.runner:reproduce')(profile, only, out, jobs, notebooks)
     folder, _, out = folders(notebooks, out)
     console = Console(highlight=False, soft_wrap=True)
     for line in forecast(choose(survey(folder, out, profile), only), profile):
@@ -77,7 +76,7 @@ def status(profile: str = 'cpu', out: str | None = None, notebooks: str | None =
 # %% ../../nbs/cli/00_main.ipynb #a856eaea
 def refresh(only: Sequence[str] = (), notebooks: str | None = None) -> int:   # exit status
     "Store new outputs in the notebooks, and write README.md and RESULTS.md."
-    status = runner.refresh(only, notebooks)
+    status = resolve_name('lthash.experiments.runner:refresh')(only, notebooks)
     if notebooks is None and not only:
         folder, _, _ = folders(notebooks, None)
         atomic_write(folder.parent/'RESULTS.md', resolve_name('lthash.experiments.results:results_page')())
