@@ -83,7 +83,7 @@ def test_the_cas_test_leaves_out_what_cannot_be_tested(monkeypatch):
     monkeypatch.setattr(plan, 'cas', lambda x, y, *a, **k: seen.append(y.tolist()) or found)
     real, real_labels = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 0, 1, 1])
     assert plan.tested(images, labels, real, real_labels, 0) is None                              # no test is wanted
-    assert plan.tested(images, labels, real, torch.zeros(4, dtype=torch.int64), 64) is None       # one class cannot be told
+    assert plan.tested(images, labels, real, torch.zeros(4, dtype=torch.int64), 64) is None   # one class only
     result = plan.tested(images, labels, real, real_labels, 64)
     assert seen == [[0, 0, 1, 1]] and not result.passed
     with pytest.raises(CASFailed):
