@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Maps', 'CATEGORY_TOKENS', 'REDUCTIONS', 'cross_attentions', 'captured', 'Positions', 'pieces', 'positions',
-           'noise_schedule', 'denoise', 'observe', 'attention_heatmap', 'moments', 'regulariser']
+           'noise_schedule', 'denoise', 'observe', 'attention_heatmap', 'moments', 'regulariser', 'probe_attention']
 
 # %% ../../nbs/diffusion/01_attention.ipynb #2e99994e
 from collections.abc import Iterator, Mapping, Sequence
@@ -208,3 +208,16 @@ def regulariser(maps: Mapping[str, Tensor],
     mu_c, var_c = (m.mean(-1, keepdim=True) for m in moments(maps, where.category))
     each = (lambda_mu*(mu_v - mu_c).square() + lambda_sigma*(var_v - var_c).square()).mean(-1)   # (layers, images)
     return (each.mean(1) if reduction == 'mean' else each.sum(1)).mean()
+
+# %% ../../nbs/diffusion/01_attention.ipynb #da319d2f
+def probe_attention(pipe: StableDiffusionPipeline,
+                    latents: Tensor,                 # (n, channels, s', s')
+                    prompt: str,
+                    where: Positions,
+                   ) -> dict:                        # 'layers', and of each its 'mu_v', 'var_v', 'mu_category', ...
+    "Plain values: moments of attention to [V] and to the category in each layer, and the denoising error."
+    maps, error = observe(pipe, latents, prompt)
+    (mu_v, var_v), (mu_c, var_c) = moments(maps, where.placeholder), moments(maps, where.category)
+    mean = lambda m: [float(f'{x:.5g}') for x in m.mean((1, 2)).tolist()]   # of each layer
+    return {'layers': list(maps), 'mu_v': mean(mu_v), 'var_v': mean(var_v), 'mu_category': mean(mu_c),
+            'var_category': mean(var_c), 'error': round(error.mean().item(), 6)}

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TRAINS', 'AUGMENTATIONS', 'METHODS', 'no_parameter', 'cross_attention_parameter', 'any_parameter', 'Stage',
            'PersonalizationMethod', 'resized', 'flipped', 'cropped_flipped', 'attndreambooth_augmentation', 'views',
-           'initial_vectors', 'prior_prompt', 'prior_latents']
+           'check_input', 'initial_vectors', 'usual_prompt', 'prior_latents']
 
 # %% ../../nbs/diffusion/03_methods.ipynb #899e8bfa
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,6 +71,10 @@ class Stage:
         "Has it a regulariser?"
         return bool(self.lambda_mu or self.lambda_sigma)
 
+    def trained(self, name: str) -> bool:
+        "Is a parameter of the U-Net, given by its name, trained?"
+        return TRAINS[self.trains](name)
+
 # %% ../../nbs/diffusion/03_methods.ipynb #006cc77d
 @dataclass(frozen=True)
 class PersonalizationMethod:
@@ -103,9 +107,18 @@ class PersonalizationMethod:
             raise ValueError('a stage weighs prior images, but prior_images is 0')
 
     @property
+    def registered(self) -> list[Callable]:
+        "The entries of the registries that it uses: what its identity depends on, besides its fields."
+        return [AUGMENTATIONS[self.augmentation], *(TRAINS[s.trains] for s in self.stages)]
+
+    @property
     def training_samples(self) -> int:
         "Training samples over all stages, prior images not counted."
         return sum(s.steps*s.batch for s in self.stages)
+
+    def filled(self, tokens: Sequence[str], category: str) -> list[str]:
+        "Its prompts, with the tokens of [V] and the category."
+        return [fill(p, tokens, category) for p in self.prompts]
 
     def scaled(self, factor: float) -> 'PersonalizationMethod':
         "The same with `factor` times the steps, at least one per stage."
@@ -159,6 +172,18 @@ def views(images: Tensor,        # uint8 (n, 3, s, s)
     return torch.stack(drawn)
 
 # %% ../../nbs/diffusion/03_methods.ipynb #43fb1709
+def check_input(pipe: StableDiffusionPipeline, images: Tensor, category: str) -> None:
+    "A `ValueError` unless images are uint8 (n, 3, s, s), the category is a word and the generator is in float32."
+    square = images.ndim == 4 and images.shape[1] == 3 and images.shape[2] == images.shape[3]
+    if not square or images.dtype != torch.uint8 or not len(images):
+        raise ValueError('images are uint8 of shape (n, 3, s, s), at least one; '
+                         f'found {images.dtype} {tuple(images.shape)}')
+    if not category.strip():
+        raise ValueError("the category is a word or several, as 'floral fabric'; found an empty one")
+    if pipe.unet.dtype != torch.float32:
+        raise ValueError('training needs a generator in float32 (on CUDA it computes in bfloat16); '
+                         f'found {pipe.unet.dtype}: load it with dtype=torch.float32')
+
 def initial_vectors(pipe: StableDiffusionPipeline,
                     method: PersonalizationMethod,
                     category: str,
@@ -174,9 +199,9 @@ def initial_vectors(pipe: StableDiffusionPipeline,
     rows = rows[-method.vectors:] if method.category_tokens == 'last' else rows[:method.vectors]
     return torch.cat([rows, rows[-1:].expand(method.vectors - len(rows), -1)]).clone()
 
-def prior_prompt(category: str) -> str:
-    "The prompt of the prior images: without [V]."
-    return fill(PROMPT, [], category).replace('  ', ' ')
+def usual_prompt(tokens: Sequence[str], category: str) -> str:
+    "The prompt with [V], or without it if it has no tokens: that of the prior images."
+    return fill(PROMPT, tokens, category).replace('  ', ' ')
 
 def prior_latents(pipe: StableDiffusionPipeline,
                   fingerprint: str,                  # of the generator
@@ -186,7 +211,7 @@ def prior_latents(pipe: StableDiffusionPipeline,
                   folder: Path | None,               # where they are kept
                  ) -> Tensor:                        # (prior_images, channels, s', s') float32
     "Latents of images of the category, drawn by the generator before it is trained (prior preservation)."
-    prompt, seeds = prior_prompt(category), [derive_seed('prior', seed, i) for i in range(method.prior_images)]
+    prompt, seeds = usual_prompt([], category), [derive_seed('prior', seed, i) for i in range(method.prior_images)]
     key = digest([fingerprint, prompt, seeds, method.prior_steps, method.prior_guidance])
     path = folder/f'prior-{key}.safetensors' if folder else None
     if path and path.exists():
