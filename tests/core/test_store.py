@@ -2,6 +2,7 @@
 import functools
 import importlib
 import json
+import linecache
 import os
 import subprocess
 import sys
@@ -154,20 +155,26 @@ def test_plain_values_count():
     assert code_digest([1, 2]) == code_digest((1, 2)) and code_digest({'a': 1, 'b': 2}) == code_digest({'b': 2, 'a': 1})
 
 
-def test_lambdas_and_classes_of_a_notebook_count_by_their_source():
+def cell(text: str, number: int) -> dict:
+    "What a notebook's cell defines; its source is known to `linecache`, as Jupyter's is."
+    file, namespace = f'<cell {number}>', {'__name__': '__main__'}
+    linecache.cache[file] = len(text), None, text.splitlines(True), file
+    exec(compile(text, file, 'exec'), namespace)
+    return namespace
+
+
+def test_lambdas_and_functions_of_a_notebook_count_by_their_source():
     one = lambda x: x + 1
     two = lambda x: x + 2
     assert code_digest(one) == code_digest(one) != code_digest(two)
+    cells = [cell(f'def f(x):\n    return x + {n}\n', n) for n in (1, 2)]
+    assert code_digest(cells[0]['f']) == code_digest(cells[0]['f']) != code_digest(cells[1]['f'])
 
-    class Local:
-        def loss(self, x):
-            return x
-    first = code_digest(Local)
 
-    class Local:            # noqa: F811
-        def loss(self, x):
-            return 2*x
-    assert code_digest(Local) != first
+@pytest.mark.xfail(strict=True, raises=OSError, reason='inspect does not find the source of classes of a notebook')
+def test_classes_of_a_notebook_count_by_their_source():
+    cells = [cell(f'class A:\n    def f(self, x):\n        return x + {n}\n', n) for n in (1, 2)]
+    assert code_digest(cells[0]['A']) == code_digest(cells[0]['A']) != code_digest(cells[1]['A'])
 
 
 def test_libraries_count_by_name():
