@@ -11,36 +11,53 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.training import TrainConfig
-from .base import Batch, UnsupervisedMethod, method
+from .base import Batch, UnsupervisedMethod
 
 # %% ../../nbs/unsupervised/10_bihalf.ipynb #eb38b5fe
 class HalfHalf(torch.autograd.Function):
-    "Signs with as many +1 as -1 in every column (one more -1 if the batch is odd); the gradient is passed on, plus gamma*(u - b)/numel."
+    "As many +1 as -1 in every column (one more -1 if the batch is odd); the gradient adds gamma*(u - b)/numel."
     @staticmethod
-    def forward(ctx, u, gamma):
+    def forward(ctx: torch.autograd.function.FunctionCtx, u: Tensor, gamma: float) -> Tensor:   # (n, bits)
+        "Bits by the rank of the values in their column."
         order = u.argsort(0, descending=True)
         b = torch.full_like(u, -1.).scatter_(0, order[:len(u)//2], 1.)
-        ctx.save_for_backward(u, b); ctx.gamma = gamma
+        ctx.save_for_backward(u, b)
+        ctx.gamma = gamma
         return b
+
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: torch.autograd.function.FunctionCtx, g: Tensor) -> tuple[Tensor, None]:
+        "The gradient, and the pull of the values to their bits."
         u, b = ctx.saved_tensors
         return g + ctx.gamma*(u - b)/u.numel(), None
 
-def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+# %% ../../nbs/unsupervised/10_bihalf.ipynb #d0f9f54a
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:   # (n, ...) -> (n//2, ...) twice
     "First and second half of a batch; an odd last one is left out."
     return x[:len(x)//2], x[len(x)//2:2*(len(x)//2)]
 
-def bihalf_loss(u: Tensor, f: Tensor, gamma: float = 6.) -> Tensor:   # (n, bits) outputs, (n, d) features
-    return F.mse_loss(F.cosine_similarity(*halves(HalfHalf.apply(u, gamma))), F.cosine_similarity(*halves(f)))
+def bihalf_loss(u: Tensor,           # (n, bits) outputs
+                f: Tensor,           # (n, d) features
+                gamma: float = 6.,
+               ) -> Tensor:          # scalar
+    "Squared difference of the cosines of balanced codes and of features (Li & van Gemert 2021)."
+    codes = HalfHalf.apply(u, gamma)
+    return F.mse_loss(F.cosine_similarity(*halves(codes)), F.cosine_similarity(*halves(f)))
 
-@method('BiHalf')
 class BiHalf(UnsupervisedMethod):
     "Maximum bit entropy (Li & van Gemert 2021; code liyunqianggyn/Deep-Unsupervised-Image-Hashing)."
-    recipe, two_views = TrainConfig(optimizer='sgd', lr=1e-4, weight_decay=5e-4, batch=32, schedule='step-50', augmentation='views'), False
+    recipe = TrainConfig(optimizer='sgd', lr=1e-4, weight_decay=5e-4, batch=32, schedule='step-50',
+                         augmentation='views')
+    two_views = False
+
     def __init__(self, features: int, bits: int, gamma: float = 6.):
         super().__init__()
         self.head, self.gamma = nn.Linear(features, bits), gamma
 
-    def forward(self, f: Tensor) -> Tensor: return self.head(f)
-    def loss(self, batch: Batch) -> Tensor: return bihalf_loss(self(batch.clean), batch.clean, self.gamma)
+    def forward(self, f: Tensor) -> Tensor:
+        "One linear layer."
+        return self.head(f)
+
+    def loss(self, batch: Batch) -> Tensor:
+        "Cosines of balanced codes and of features."
+        return bihalf_loss(self(batch.clean), batch.clean, self.gamma)
