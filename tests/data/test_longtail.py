@@ -4,21 +4,25 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings, strategies as st
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
-from lthash.longtail import class_counts, class_order, groups, imbalance_factor, take
+from lthash.data.longtail import class_counts, class_groups, class_order, imbalance_factor, take
 
 many = settings(max_examples=100, deadline=None)
 
 @many
-@given(st.sampled_from(['exponential', 'step', 'balanced']), st.integers(1, 5000), st.integers(2, 50), st.floats(1, 200), st.integers(0, 99))
+@given(st.sampled_from(['exponential', 'step', 'balanced']), st.integers(1, 5000), st.integers(2, 50),
+       st.floats(1, 200), st.integers(0, 99))
 def test_profiles(profile, largest, classes, factor, seed):
     assume(largest >= factor)
     counts = class_counts(profile, largest, classes, factor, seed)
     by_rank = counts[class_order(classes, seed)]
     assert counts.dtype == np.int64 and counts.shape == (classes,)
     assert by_rank[0] == counts.max() == largest and (np.diff(by_rank) <= 0).all() and counts.min() >= 1
-    expected = {'exponential': lambda r: largest*math.exp(-math.log(factor)*r/(classes - 1)), 'step': lambda r: largest if 2*r < classes else largest/factor, 'balanced': lambda r: largest}[profile]
+    expected = {'exponential': lambda r: largest*math.exp(-math.log(factor)*r/(classes - 1)),
+                'step': lambda r: largest if 2*r < classes else largest/factor,
+                'balanced': lambda r: largest}[profile]
     assert all(abs(n - expected(r)) <= .5 + 1e-6 for r, n in enumerate(by_rank))
 
 @many
@@ -41,7 +45,8 @@ def test_draws_are_nested_and_exact(available, draw, seed):
     large, small = take(labels, larger, seed), take(labels, np.array(smaller), seed)
     assert set(small.tolist()) <= set(large.tolist()) and large.dtype == torch.int64
     for chosen, counts in ((large, larger), (small, smaller)):
-        assert torch.bincount(labels[chosen], minlength=len(available)).tolist() == counts and len(set(chosen.tolist())) == len(chosen)
+        assert torch.bincount(labels[chosen], minlength=len(available)).tolist() == counts
+        assert len(set(chosen.tolist())) == len(chosen)
 
 def test_the_seed_of_a_draw_matters():
     labels = torch.arange(4).repeat(50)
@@ -50,7 +55,7 @@ def test_the_seed_of_a_draw_matters():
 @many
 @given(st.lists(st.integers(1, 1000), min_size=3, max_size=40))
 def test_groups_are_ordered_thirds(counts):
-    g, counts = groups(counts), np.array(counts)
+    g, counts = class_groups(counts), np.array(counts)
     assert sorted(np.concatenate(list(g.values()))) == list(range(len(counts)))
     assert counts[g['head']].min() >= counts[g['mid']].max() and counts[g['mid']].min() >= counts[g['tail']].max()
     sizes = [len(g[k]) for k in ('head', 'mid', 'tail')]
@@ -67,4 +72,5 @@ def test_groups_are_ordered_thirds(counts):
     (lambda: imbalance_factor([5, 0]), 'every class needs an image'),
     (lambda: imbalance_factor([]), 'every class needs an image')])
 def test_errors_say_what_was_found(call, message):
-    with pytest.raises(ValueError, match=message): call()
+    with pytest.raises(ValueError, match=message):
+        call()
