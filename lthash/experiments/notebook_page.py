@@ -45,21 +45,24 @@ def markdown_to_html(text: str) -> str:
     "Markdown with equations as HTML with MathML."
     return MarkdownWithMath(renderer=_Renderer(escape=False, exclude_anchor_links=True)).render(text)
 
-# %% ../../nbs/experiments/12_notebook_page.ipynb #3b213d9e
+# %% ../../nbs/experiments/12_notebook_page.ipynb #1a3ee3ab
+def _is_setup_statement(node: ast.stmt) -> bool:
+    "Is this an import, a theme for figures or the start of a report?"
+    value = node.value if isinstance(node, (ast.Expr, ast.Assign)) else None
+    begins = isinstance(value, ast.Call) and ast.unparse(value.func) in ('start', 'sns.set_theme')
+    return begins or isinstance(node, (ast.Import, ast.ImportFrom))
+
 def is_setup(cell: NotebookNode) -> bool:
-    "Is this a code cell of imports, parameters or nbdev directives alone, or a hidden one?"
+    "Is this a code cell of imports, parameters, nbdev directives and the start of a report alone, or a hidden one?"
     if cell.cell_type != 'code':
         return False
     tags, text = cell.metadata.get('tags', []), cell.source.strip()
     if {'parameters', 'injected-parameters'} & set(tags) or text.startswith('#| hide'):
         return True
-    if cell.outputs or text.startswith('%'):
-        return False
     try:
-        body = ast.parse(text).body
+        return all(_is_setup_statement(node) for node in ast.parse(text).body)
     except SyntaxError:                   # a magic
         return False
-    return all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body)
 
 def mark_setup(nb: NotebookNode) -> None:
     "Write into each cell's metadata whether a folded run of set-up cells begins (`opens`) or ends (`closes`) there."
@@ -71,19 +74,19 @@ def mark_setup(nb: NotebookNode) -> None:
 # %% ../../nbs/experiments/12_notebook_page.ipynb #340f5a26
 _STYLE = '''
 :root { color-scheme: light } * { box-sizing: border-box }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 56rem; background: #fdfdfb; color: #1c1e21;
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; background: #fdfdfb; color: #1c1e21;
   font: 1.0625rem/1.55 Charter, "Bitstream Charter", "Source Serif 4", Cambria, Georgia, serif;
   overflow-wrap: break-word }
 h1, h2, h3, h4, summary, table, .from {
   font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif }
 h1 { font-size: 1.9rem; line-height: 1.2 } h2 { font-size: 1.4rem; margin-top: 2.5rem } a { color: #0b57a4 }
 blockquote { margin: 0 0 1rem; padding-left: 1rem; border-left: 3px solid #d9d9d2; color: #5b626b }
-pre, code { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: .82rem }
+pre, code { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: .78rem }
 pre { line-height: 1.45; margin: .4rem 0; white-space: pre-wrap; overflow-wrap: anywhere }
 .highlight { background: #f3f3ee; border-radius: 4px; padding: .4rem .7rem; margin: .6rem 0 }
 .jp-RenderedText pre { padding: 0 .7rem; color: #3a3e45 }
 [data-mime-type="application/vnd.jupyter.stderr"] pre { border-left: 4px solid #a8221a; color: #1c1e21 }
-.jp-OutputArea-output, .jp-RenderedMarkdown { overflow-x: auto; max-width: 100% }
+.jp-OutputArea-output { overflow-x: auto; max-width: 100% } .jp-MarkdownOutput { overflow-x: auto; max-width: 50rem }
 img, svg, video { max-width: 100%; height: auto } .jp-RenderedImage img { background: #fff }
 table { border-collapse: collapse; font-size: .85rem; line-height: 1.35 } caption { text-align: left; padding: .4rem 0 }
 th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #d9d9d2; vertical-align: top }
@@ -105,7 +108,7 @@ _TEMPLATE = '''
 <p class="from">{{ resources.notebook }}, executed</p><main>
 {% endblock header %}
 {%- block any_cell scoped -%}
-{%- if cell.metadata.opens %}<details><summary>Set-up: imports, parameters</summary>{% endif %}
+{%- if cell.metadata.opens %}<details><summary>Set-up: imports, parameters, device and versions</summary>{% endif %}
 {{ super() }}
 {%- if cell.metadata.closes %}</details>{% endif %}
 {%- endblock any_cell -%}
