@@ -79,15 +79,16 @@ class Report:
     out: Path                      # holds figures/, tables/, rows/ and artefacts/
     items: list[dict] = field(default_factory=list)
 
-    def _register(self, kind: str, name: str, caption: str) -> None:
+    def _register(self, kind: str, name: str, caption: str, headline: bool) -> None:
         "Note an artefact, in place of an earlier one of the same name."
         self.items = [i for i in self.items if (i['kind'], i['name']) != (kind, name)]
-        self.items.append({'kind': kind, 'name': name, 'caption': caption})
+        entry = {'kind': kind, 'name': name, 'caption': caption}
+        self.items.append(entry | ({'headline': True} if headline else {}))
         write_json(self.out/'artefacts'/f'{self.notebook}.json',
                    {'notebook': self.notebook, 'profile': self.profile, 'items': self.items})
 
-    def figure(self, fig: Figure, name: str, caption: str, dpi: int = 110) -> Image:
-        "Save a figure as `figures/NAME.png` and `.svg` and close it; returns the picture, so that it can end a cell."
+    def figure(self, fig: Figure, name: str, caption: str, dpi: int = 110, headline: bool = False) -> Image:
+        "Save a figure as `figures/NAME.png` and `.svg` and close it; returns it. A `headline` opens the page of results."
         svg, png = (self.out/'figures'/f'{name}.{suffix}' for suffix in ('svg', 'png'))
         with plt.rc_context({'svg.hashsalt': 'lthash'}):   # the same figure is the same file
             atomic_write(svg, lambda p: fig.savefig(p, dpi=dpi, bbox_inches='tight', metadata={'Date': None}))
@@ -96,14 +97,14 @@ class Report:
         palette = Picture.open(pixels).convert('RGB').quantize(256, kmeans=1)   # a third of the size
         atomic_write(png, lambda p: palette.save(p, optimize=True))
         plt.close(fig)
-        self._register('figure', name, caption)
+        self._register('figure', name, caption, headline)
         return Image(filename=str(png), alt=caption)
 
-    def table(self, frame: pd.DataFrame, name: str, caption: str) -> HTML:
+    def table(self, frame: pd.DataFrame, name: str, caption: str, headline: bool = False) -> HTML:
         "Save a table as `tables/NAME.csv` and `.md`; returns it for display. Cells are shown as they are: round first."
         atomic_write(self.out/'tables'/f'{name}.csv', frame.to_csv(index=False))
         atomic_write(self.out/'tables'/f'{name}.md', f'{markdown(frame)}\n\n{caption}\n')
-        self._register('table', name, caption)
+        self._register('table', name, caption, headline)
         shown = frame.to_html(index=False, border=0)
         return HTML(shown.replace('<thead>', f'<caption>{html.escape(caption)}</caption><thead>', 1))
 
