@@ -1,22 +1,25 @@
-"What every test relies on: a home of its own, so that no test writes into the clone, and figures without a screen."
+"One temporary home for the whole run, so that no test writes into the clone, and figures without a screen."
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 os.environ['MPLBACKEND'] = 'agg'
+os.environ.setdefault('OMP_NUM_THREADS', '1')       # the tests run in parallel, one core each
+
+if 'PYTEST_XDIST_WORKER' not in os.environ:         # workers inherit it: what one has computed, the others read
+    os.environ['LTHASH_HOME'] = tempfile.mkdtemp(prefix='lthash-tests-')
+    atexit.register(shutil.rmtree, os.environ['LTHASH_HOME'], ignore_errors=True)
 
 
-@pytest.fixture(scope='session', autouse=True)
-def lthash_home(tmp_path_factory):
-    "`$LTHASH_HOME` for the whole session, kernels and child processes included."
-    before = os.environ.get('LTHASH_HOME')
-    folder = tmp_path_factory.mktemp('home')
-    os.environ['LTHASH_HOME'] = str(folder)
-    yield folder
-    os.environ.pop('LTHASH_HOME')
-    if before is not None: os.environ['LTHASH_HOME'] = before
+@pytest.fixture(scope='session')
+def lthash_home() -> Path:
+    "`$LTHASH_HOME` of all workers, kernels and child processes."
+    return Path(os.environ['LTHASH_HOME'])
 
 
 @pytest.fixture(scope='session')
