@@ -1,8 +1,11 @@
-"""Images per second of the embedded silk on one core: `python benchmarks/silk.py [size ...]`. Processor time, the best of five rounds over all classes: a shared machine only ever slows it down."""
+"""Images per second of the embedded silk on one core: `python benchmarks/silk.py [size ...]`.
+
+Processor time, the best of five rounds over all classes: a shared machine only ever slows it down.
+"""
 import sys
 import time
 
-from lthash.silk import CLASSES, render_many
+from lthash.data.silk import CLASSES, render_many
 
 for size in [int(a) for a in sys.argv[1:]] or [32, 64, 128, 256]:
     each = max(1, 640//size)
