@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MODULES = [p for p in sorted((ROOT/'lthash').glob('**/*.py')) if p.name not in ('_modidx.py', '__init__.py')]
 NOTEBOOKS = sorted((ROOT/'nbs').glob('**/[!.]*.ipynb'))
-PAGES = [p for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'RESULTS.md', 'benchmarks/README.md')
+PAGES = [p for name in ('README.md', 'CONTRIBUTING.md', 'RESULTS.md', 'benchmarks/README.md')
          if (p := ROOT/name).exists()]
 SCRIPTS = [p for folder in ('tests', 'benchmarks') for p in sorted((ROOT/folder).glob('**/*.py'))
            if p.name != 'test_style.py']
