@@ -88,7 +88,7 @@ class Report:
                    {'notebook': self.notebook, 'profile': self.profile, 'items': self.items})
 
     def figure(self, fig: Figure, name: str, caption: str, dpi: int = 110, headline: bool = False) -> Image:
-        "Save a figure as `figures/NAME.png` and `.svg` and close it; returns it. A `headline` opens the page of results."
+        "Save a figure as `figures/NAME.png` and `.svg`, close and return it. A `headline` opens the page of results."
         svg, png = (self.out/'figures'/f'{name}.{suffix}' for suffix in ('svg', 'png'))
         with plt.rc_context({'svg.hashsalt': 'lthash'}):   # the same figure is the same file
             atomic_write(svg, lambda p: fig.savefig(p, dpi=dpi, bbox_inches='tight', metadata={'Date': None}))

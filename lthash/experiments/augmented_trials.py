@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from ..diffusion.filters import filter_nearest, tail_classifier
 from torch import Tensor
 
 from ..augmentation.plan import AugmentConfig, mix, tested
@@ -22,6 +21,7 @@ from ..data.base import ImageSet, retrieval_split
 from ..data.config import DataConfig, load_data, training_set
 from ..data.longtail import class_groups, take
 from ..diffusion.cas import CAS_CONFIG
+from ..diffusion.filters import filter_nearest, tail_classifier
 from ..diffusion.pipelines import EMBEDDED
 from ..diffusion.synthetic import class_word, shared_generator, synthetic_set
 from .trials import Trial, build_model, leave

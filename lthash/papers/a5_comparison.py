@@ -91,11 +91,13 @@ def claims(study: Study, rows: pd.DataFrame) -> list[dict]:
             made += compare('augmentation improves every hashing method', pick('attndreambooth', method),
                             pick('long-tail', method))
     best = best_baseline(rows[(rows.table == 'baselines') & (rows.dataset == study.base.dataset)])
-    made += compare('the best generator-free baseline improves on long-tailed training', own[best], own['long-tail'], best)
+    made += compare('the best generator-free baseline improves on long-tailed training', own[best], own['long-tail'],
+                    best)
     if not study.missing:
         augmented = own['attndreambooth']
         made += compare('diffusion augmentation improves on long-tailed training', augmented, own['long-tail'])
-        made += compare('diffusion augmentation outperforms the best generator-free baseline', augmented, own[best], best)
+        made += compare('diffusion augmentation outperforms the best generator-free baseline', augmented, own[best],
+                        best)
         made += compare('diffusion augmentation outperforms duplicated real images', augmented, own['duplicates'])
         made += compare('personalisation outperforms the prompt alone', augmented, own['prompt'])
         made += compare('extra real images outperform diffusion augmentation', own['extra real images'], augmented)

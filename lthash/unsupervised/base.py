@@ -87,7 +87,7 @@ def make_method(kind: type[UnsupervisedMethod], features: int, bits: int, seed: 
 
 # %% ../../nbs/unsupervised/02_base.ipynb #198b2f7f
 def mlp_head(features: int, bits: int, hidden: int = 1024, dropout: float = .5) -> nn.Sequential:
-    "CIBH's head, features-1024-bits. Its dropout stands for the one that stays active behind VGG-16's last hidden layer."
+    "CIBH's head, features-1024-bits. Its dropout stands for the one that stays active behind VGG-16's fc7."
     return nn.Sequential(nn.Dropout(dropout), nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, bits))
 
 def quantisation(h: Tensor) -> Tensor:   # (n, bits) -> scalar
@@ -184,4 +184,5 @@ def fit_codes(net: UnsupervisedMethod,
     begin = time.perf_counter()
     seed_everything('prepare', seed)
     task.prepare(Accelerator(cpu=device().type == 'cpu'), seed)
-    return {'losses': [], 'checks': [], 'best': 0, 'stopped_early': '', 'seconds': round(time.perf_counter() - begin, 3)}
+    seconds = round(time.perf_counter() - begin, 3)
+    return {'losses': [], 'checks': [], 'best': 0, 'stopped_early': '', 'seconds': seconds}

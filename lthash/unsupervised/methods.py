@@ -13,12 +13,12 @@ from .base import UnsupervisedMethod
 from .bgan import BGAN
 from .bihalf import BiHalf
 from .bscdh import BSCDH
-from .contrastive import CIBH, InfoNCE, DCL
+from .contrastive import CIBH, DCL, InfoNCE
 from .deepbit import DeepBit
 from .distillhash import DistillHash
 from .dsch import DSCH
 from .sdc import SDC
-from .shallow import LSH, PCASign, ITQ, SpectralHashing
+from .shallow import ITQ, LSH, PCASign, SpectralHashing
 from .ssdh import SSDH
 from .tbh import TBH
 
