@@ -69,7 +69,7 @@ class AugmentConfig:
     balance: int | None = None           # images of every class to train on; None: as the largest class; 0: real only
     pretrain_fraction: float = .5        # of the training samples, for pretraining; 1: no real image is ever seen
     personalized: tuple[str, ...] = CLASS_GROUPS   # groups that are personalised; others: their word
-    keep_fraction: float = 1.            # below 1: more is drawn, and the fraction nearest to real training images stays
+    keep_fraction: float = 1.            # below 1: of more images, those nearest to real training images stay
     cas_samples: int = 14_000            # training samples of the classifier of the CAS test; 0: no test
     require_cas: bool = False            # do not train on images that fail the CAS test
 
