@@ -28,7 +28,7 @@ COINED = {                                    # pattern: what the field says
     r'\bluck(y|iest)?\b': 'best case, null distribution',
     r'\brulers?\b': 'reference classifier',
     r'\bbench\b': 'evaluation set',
-    r'\bthe gate (passed|failed|test)|\bgate\(|\bUnfit\b': 'CAS test',
+    r'\bthe gate (passed|failed|test)|(?<![\w.])gate\(|\bUnfit\b': 'CAS test',
     r'knows? the classes|knowing the classes|unknowing': 'pretrained on the target classes',
     r'\ba (line|column|row|picture|panel|number|trial|cell) an? [a-z]+': 'one line per ...',
     r'\basked\b': 'query; requested',
