@@ -166,7 +166,7 @@ def test_an_assembled_sentence_is_found():
     prose = 'The loss of the tail classes is {x} points and that of the head classes only {y}, ' * 2
     assert len(assembled_sentences(f"f'''{prose}'''")) == 1
     assert not assembled_sentences("f'{x} points'") and not assembled_sentences(f"raise ValueError(f'''{prose}''')")
-    assert not assembled_sentences("f'mAP (%) of {x} networks. ' 'Substitutes: {y}. '" + " f'A caption of short ones.'"*9)
+    assert not assembled_sentences("f'mAP (%) of {x} networks. '" + " f'One caption of {y} short sentences. '"*9)
 
 
 # The field's words
