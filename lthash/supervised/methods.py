@@ -83,7 +83,7 @@ METHODS: Registry[str, SupervisedMethod] = {
 }
 
 def supervised_method(name: str) -> SupervisedMethod:
-    "The entry of `METHODS`, whatever its capitals; a ValueError that lists the names, with the nearest, if there is none."
+    "The entry of `METHODS`, whatever its capitals; a ValueError that lists the names if there is none."
     found = METHODS.get(name) or METHODS.get(str(name).lower())
     if found is None:
         near = difflib.get_close_matches(str(name).lower(), METHODS, 1, 0.)
@@ -91,7 +91,7 @@ def supervised_method(name: str) -> SupervisedMethod:
     return found
 
 def published_config(method: str, name: str | None = None) -> PublishedConfig:
-    "Published settings of a method by name; None: paper A's. ValueError that lists them if there are none of that name."
+    "Published settings of a method by name; None: paper A's. ValueError that lists them for an unknown name."
     own = supervised_method(method).published
     if name is not None and name not in own:
         raise ValueError(f"published settings of {method} are {', '.join(own)}; found {name!r}")

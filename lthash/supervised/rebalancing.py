@@ -105,6 +105,7 @@ class BatchTransform:
         self.distort = v2.RandAugment()
 
     def __call__(self, x: Tensor) -> Tensor:   # float (n, 3, s, s) in [0, 1] -> the same
+        "The batch, transformed; sets `mix` where images are blended."
         if self.kind == 'randaugment':
             return torch.stack([self.distort((255*i).round().clamp(0, 255).to(torch.uint8)) for i in x]).to(x.dtype)/255
         weight = float(torch.distributions.Beta(self.strength, self.strength).sample())
@@ -143,7 +144,7 @@ def smote(features: Tensor,                 # (n, d)
           k: int = 5,                       # neighbours to interpolate with
           seed: int = 0,
          ) -> tuple[Tensor, Tensor]:        # (m, d), (m,)
-    "The features and, of each class, as many interpolated ones as it lacks (Chawla et al. 2002); a lone image is repeated."
+    "The features, and as many interpolated ones as each class lacks (Chawla et al. 2002); a lone one is repeated."
     most = int(torch.bincount(labels).max())
     xs, ys = [features], [labels]
     for c in labels.unique().tolist():
@@ -211,7 +212,7 @@ def joined(first: dict, second: dict) -> dict:
     return {k: first[k] + second[k] for k in ('losses', 'seconds', 'stopped_early')}
 
 def _features_first(setup: Setup, share: float = .75) -> tuple[HashNet, HashLoss, dict, int]:
-    "A network trained as usual on a share of the budget, with a new head; its loss and history, and the samples left."
+    "A network trained as usual on part of the budget, with a new head; its loss and history, and the samples left."
     early = round(share*setup.config.samples)
     net, loss = setup.build()
     config = {**setup.identity, 'share': share}
@@ -259,6 +260,7 @@ def train_randaugment(s: Setup) -> tuple[HashNet, dict]:
     return net, s.fit(net, loss, transform=BatchTransform('randaugment'))
 
 def _train_blended(s: Setup, kind: str) -> tuple[HashNet, dict]:
+    "Images and losses blended in one proportion."
     (net, loss), transform = s.build(), BatchTransform(kind)
     return net, s.fit(net, Blended(loss, transform), transform=transform)
 
