@@ -29,7 +29,6 @@ from ..data.datasets import SOURCES, load
 from ..data.longtail import class_counts, class_groups
 from ..diffusion.pipelines import EMBEDDED
 from .augmented_trials import AugmentedTrial
-from .baseline_trials import BaselineTrial
 from .trials import AbstractTrial, Trial
 from .unsupervised_trials import UnsupervisedTrial
 from ..models.backbones import BACKBONES, build_backbone
@@ -194,12 +193,8 @@ def _supervised_line(trial: Trial, counts: np.ndarray, speed: float, generated: 
     load, recipe = backbone_load(trial.backbone, trial.size), trial.recipe
     images = int(max(counts)*len(counts) if trial.train_set == 'balanced' else sum(counts))
     memory = flops = disk = 0.
-    name = trial.title
-    if isinstance(trial, BaselineTrial):
-        name += f', {trial.technique}'
     if isinstance(trial, AugmentedTrial):
         plan, config = trial.plan, trial.plan.synthetic
-        name += f', {config.method}'
         wanted = plan.wanted(counts)
         n = plan.with_surplus(wanted['pretrain']) + plan.with_surplus(wanted['balance'])
         flops, disk = generated.total(trial, counts, n)
@@ -208,7 +203,7 @@ def _supervised_line(trial: Trial, counts: np.ndarray, speed: float, generated: 
         images, memory = images + int(n.sum()), 16*unet.parameters + batch*unet.activations
     pixels = 3*images*trial.size**2
     kept = (.5 if recipe.precision == 'bfloat16' else 1.)*recipe.batch*load.activations
-    return {'trial': name, 'training samples': recipe.samples, 'images': images,
+    return {'trial': trial.title, 'training samples': recipe.samples, 'images': images,
             'training (h)': 3*load.flops*recipe.samples/speed/3600, 'generator or encoder (h)': flops/speed/3600,
             'disk (GB)': disk/1e9, 'main memory (GB)': pixels/1e9,
             'device memory (GB)': max(pixels + 16*load.parameters + kept, memory)/1e9,
