@@ -214,9 +214,9 @@ def _pretrained(name: str, spec: Backbone, weights: str) -> tuple[Mapping[str, T
     path = weights_dir()/f'{name}-{weights}.safetensors' if named else Path(weights)
     if not named or path.exists():
         return read_weights(path), str(path)
-    needed = (f'{weights} weights for {name} are expected at {path} ($LTHASH_WEIGHTS names the folder): '
-              f'a safetensors file with the keys and shapes of build_backbone({name!r}).state_dict(), '
-              f"in any floating-point type, with or without '{spec.head}.*'")
+    expected = f'{weights} weights for {name} are expected at {path} ($LTHASH_WEIGHTS names the folder)'
+    form = f'the keys and shapes of build_backbone({name!r}).state_dict(), in any floating-point type'
+    needed = f"{expected}: a safetensors file with {form}, with or without '{spec.head}.*'"
     if weights == 'cifar10' or not spec.imagenet:
         raise FileNotFoundError(needed)
     try:
