@@ -80,8 +80,9 @@ def embed(out: Path,               # the folder of a reproduction
     path, mime = (svg, 'image/svg+xml') if vector else (png, 'image/png')
     return f'data:{mime};base64,{base64.b64encode(path.read_bytes()).decode()}'
 
-# %% ../../nbs/experiments/07_artefacts.ipynb #ce9b8503
-_NUMBER = re.compile(r'[-+−~≈<>]?\s*\d[\d,. ]*(e[-+]?\d+)?\s*(±\s*[\d.]+)?\s*(%|x|s)?', re.I)
+# %% ../../nbs/experiments/07_artefacts.ipynb #a43d6297
+_NUMBER = re.compile(   # with a spread, a unit or an interval
+    r'[-+−~≈<>]?\s*\d[\d,. ]*(e[-+]?\d+)?\s*(±\s*[\d.]+)?\s*(%|x|s)?(\[[-+−\d., ]+\])?', re.I)
 
 def _column(name: str, cells: tuple[str, ...]) -> dict:
     "What a page needs to know about a column."

@@ -17,11 +17,16 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat import NotebookNode, read
 from pygments.formatters import HtmlFormatter
 
-# %% ../../nbs/experiments/12_notebook_page.ipynb #7ed50902
+# %% ../../nbs/experiments/12_notebook_page.ipynb #1e8e3bdf
+def _delimiter(match: re.Match) -> str:
+    r"The symbol of a delimiter that the converter leaves as it is after `\big`."
+    return '>' + re.search('<mo[^>]*>(.*?)</mo>', convert(match[1]))[1] + '</mo>'
+
 def mathml(latex: str, block: bool = False) -> str:
     "An equation as MathML; what cannot be converted is shown as its source."
     try:
-        return convert(latex.strip(), display='block' if block else 'inline')
+        shown = convert(latex.strip(), display='block' if block else 'inline')
+        return re.sub(r'>(\\(?:[a-zA-Z]+|\|))</mo>', _delimiter, shown)
     except Exception:                     # the converter raises many kinds, and a page is better than none
         return f'<code>{html.escape(latex)}</code>'
 

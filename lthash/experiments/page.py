@@ -25,7 +25,7 @@ STYLE = '''
   --line: #3a3e45; --link: #86bdf5; --theirs: #3d3416; --done: #7ccf97; --running: #86bdf5; --failed: #ff9a90;
   --interrupted: #eabf6a; --todo: #a3a9b0 } }
 * { box-sizing: border-box }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 58rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; background: var(--paper); color: var(--ink);
   font: 1.0625rem/1.55 Charter, "Bitstream Charter", "Source Serif 4", Cambria, Georgia, serif;
   overflow-wrap: break-word }
 h1, h2, h3, table, dl, nav, summary, .state, .links {
@@ -60,7 +60,7 @@ pre { overflow-x: auto; font-size: .8rem; line-height: 1.4 } code { font-size: .
 footer { margin-top: 4rem; border-top: 1px solid var(--line); padding-top: 1rem; font-size: .92rem; color: var(--soft) }
 @media (max-width: 40rem) { body { font-size: 1rem } h1 { font-size: 1.5rem } h2 { font-size: 1.3rem }
   dl { grid-template-columns: 1fr; gap: 0 } dd { margin-bottom: .5rem } th, td { padding: .3rem .5rem }
-  .index .wide { display: none } }
+  .index .wide { display: none } figure img { max-width: 38rem } }
 @media print { :root { --ink: #000; --soft: #444; --paper: #fff; --card: #f4f4f4; --line: #bbb; --link: #000;
   --theirs: #f2ead0; --done: #000; --running: #000; --failed: #000; --interrupted: #000; --todo: #444;
   color-scheme: light }
@@ -92,7 +92,8 @@ _PARTS = '''
 
 {%- macro artefact(i) %}
 <figure id="{{ i.id }}" class="{{ 'picture' if i.kind == 'figure' else 'table' }}" aria-labelledby="c{{ i.id }}">
-{% if i.kind == 'figure' %}<img src="{{ i.source }}" alt="Figure: {{ i.name|replace('_', ' ') }}">
+{% if i.kind == 'figure' %}<div class="scroll" role="region" tabindex="0" aria-labelledby="c{{ i.id }}">
+<img src="{{ i.source }}" alt="Figure: {{ i.name|replace('_', ' ') }}"></div>
 {% else %}{{ table(i) }}{% endif %}
 <figcaption id="c{{ i.id }}">{{ i.caption }} <span class="links">{% for kind in i.files %}
 <a href="{{ i.kind }}s/{{ i.name }}.{{ kind }}" aria-label="{{ i.name|replace('_', ' ') }} as {{ kind|upper }}">

@@ -124,7 +124,8 @@ def test_tables_are_read_as_written(tmp_path_factory, rows):
 
 @pytest.mark.parametrize('cell, number', [
     ('1', True), ('-0.5', True), ('80.15 ± 0.3', True), ('1,234', True), ('3.2e-05', True), ('12 %', True),
-    ('34x', True), ('64 bits', False), ('resnet56', False), ('1-2', False), ('2026-11-22', False)])
+    ('34x', True), ('+2.8 [+2.1, -3.5]', True), ('64 bits', False), ('resnet56', False), ('1-2', False),
+    ('2026-11-22', False)])
 def test_what_counts_as_a_number(tmp_path, cell, number):
     with (tmp_path/'t.csv').open('w') as file:
         csv.writer(file).writerows([['ours', 'paper'], [cell, cell], ['', '–']])
