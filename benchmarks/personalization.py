@@ -239,7 +239,7 @@ def fabrics(n: int, pipe: StableDiffusionPipeline) -> np.ndarray:      # -> uint
 
 
 def chosen_method(a: argparse.Namespace) -> PersonalizationMethod:
-    "AttnDreamBooth with the batch size asked for."
+    "AttnDreamBooth with the requested batch size."
     method = METHODS[a.budget]['attndreambooth']
     return replace(method, stages=tuple(replace(s, batch=a.batch) for s in method.stages))
 
