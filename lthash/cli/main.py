@@ -77,7 +77,7 @@ def status(profile: str = 'cpu', out: str | None = None, notebooks: str | None =
 def refresh(only: Sequence[str] = (), notebooks: str | None = None) -> int:   # exit status
     "Store new outputs in the notebooks, and write README.md and RESULTS.md."
     status = resolve_name('lthash.experiments.runner:refresh')(only, notebooks)
-    if notebooks is None and not only:
+    if notebooks is None and (not only or 'index' in only):
         folder, _, _ = folders(notebooks, None)
         atomic_write(folder.parent/'RESULTS.md', resolve_name('lthash.experiments.results:results_page')())
     return status

@@ -126,7 +126,7 @@ def survey(folder: Path,                # of the notebooks
     if out.exists() and not out.is_dir():
         raise Refused(f'{out} is a file; --out names a folder')
     package, busy, jobs = package_digest(), is_busy(out), []
-    on_record = digest(RECORD.read_text(encoding='utf-8')) if RECORD.exists() else ''
+    record_digest = digest(RECORD.read_text(encoding='utf-8')) if RECORD.exists() else ''
     for path in paths:
         cells = read_cells(path)
         opening = next((source(c) for c in cells if c['cell_type'] == 'markdown'), '')
@@ -134,7 +134,7 @@ def survey(folder: Path,                # of the notebooks
         code = [source(c) for c in cells if c['cell_type'] == 'code']
         name = path.relative_to(folder).with_suffix('').as_posix()
         job = Job(name, title[1] if title else name, question[1] if question else '', path=path,
-                  digest=digest([code, package, profile, on_record if reads_record(code) else '']))
+                  digest=digest([code, package, profile, record_digest if reads_record(code) else '']))
         jobs.append(job)
         read_state(job, out, profile, busy)
     return jobs

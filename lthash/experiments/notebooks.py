@@ -46,8 +46,8 @@ def ignored_parameters(path: Path, parameters: set[str]) -> str:
     name = f'{path.parent.name}/{path.name}'
     tagged = tagged_cells(read_cells(path))
     if len(tagged) != 1:
-        return (f'{name}: {len(tagged)} cells are tagged `parameters`; tag exactly one (nbdev_clean drops tags unless '
-                'settings.ini says `allowed_cell_metadata_keys = tags`)')
+        return (f'{name}: {len(tagged)} cells are tagged `parameters`; '
+                + 'tag exactly one (nbdev_clean drops tags unless settings.ini keeps them)')
     if unknown := parameters - set(papermill.inspect_notebook(str(path))):
         return f'{name}: its parameters cell does not set {", ".join(sorted(unknown))}; add `name = literal` lines'
     return ''
