@@ -1,4 +1,4 @@
-"""Bias suppression: properties of the coefficients, equality with InfoNCE where nothing is suppressed, preset centres."""
+"Bias suppression: the coefficients, equality with InfoNCE where nothing is suppressed, preset centres."
 import math
 
 import numpy as np
