@@ -140,4 +140,5 @@ def notebook_page(executed: Path,      # an executed notebook
                             filters={'markdown2html': markdown_to_html})
     style = _STYLE + HtmlFormatter(style='friendly').get_style_defs('.highlight').replace('background: #f0f0f0;', '')
     resources = {'title': _title(nb), 'style': style, 'notebook': name or executed.stem}
-    return exporter.from_notebook_node(nb, resources)[0]
+    page = exporter.from_notebook_node(nb, resources)[0]
+    return page.replace(' ± ', '\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}')        # a spread stays beside its mean
