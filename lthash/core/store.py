@@ -9,7 +9,6 @@ __all__ = ['Registry', 'code_digest', 'stage_folder', 'cached']
 import ast
 import functools
 import importlib.util
-import inspect
 import json
 import os
 import sys
@@ -17,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 from filelock import FileLock
@@ -28,8 +27,12 @@ from .runtime import digest, runs_dir, write_json
 Registry = dict   # annotates a table of choices by name: `code_digest` takes the entry that is used, not the table
 
 def _without_docstrings(tree: ast.AST) -> ast.AST:
-    "The tree without bare strings: docstrings, and strings used as comments."
+    "The tree without what changes no number: docstrings, strings used as comments, types of arguments and results."
     for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            node.returns = None
+        if isinstance(node, ast.arg):
+            node.annotation = None
         if isinstance(node, (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             text = [s for s in node.body if isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)]
             node.body = [s for s in node.body if s not in text] or [ast.Pass()]
@@ -116,11 +119,34 @@ class _Closure:
         module, name = value.__module__, value.__qualname__
         if _is_library(module):
             return f'{module}.{name}'
-        if '<' not in name and module != '__main__':
+        if '<' in name or module == '__main__':            # a lambda, or what a notebook's cell defines
+            self.loose(value)
+        elif isinstance(value, FunctionType) and '.' in name:
+            self.method(module, *name.split('.')[:2])
+        else:
             self.follow(module, name.split('.')[0])
-        else:                                              # a lambda, or a notebook's own cell
-            self.parts[f'{module}.{name}'] = inspect.getsource(value)
         return f'{module}.{name}'
+
+    def method(self, module: str, owner: str, name: str) -> None:
+        "Add one method of a class, and all that it names."
+        body = _source(module)[0][owner].body
+        node = next(n for n in body if isinstance(n, ast.FunctionDef) and n.name == name)
+        self.parts[f'{module}.{owner}.{name}'] = ast.dump(node)
+        self.follow_names(node, module)
+
+    def loose(self, value: type | FunctionType) -> None:
+        "Add what has no module to read: the byte code, and the project's functions and classes that it names."
+        if isinstance(value, type):
+            for part in (*value.__bases__, *vars(value).values()):
+                if isinstance(part, (type, FunctionType)):
+                    self.definition(part)
+            return
+        code = value.__code__
+        text = [code.co_code.hex(), [c for c in code.co_consts if not isinstance(c, CodeType)], code.co_names]
+        self.parts[f'{value.__module__}.{value.__qualname__}.{digest(text)}'] = repr(text)
+        for used in (value.__globals__.get(n) for n in code.co_names):
+            if isinstance(used, (type, FunctionType)) and used is not value:
+                self.definition(used)
 
 @functools.cache
 def _is_library(module: str) -> bool:

@@ -7,6 +7,7 @@ __all__ = ['DataConfig', 'load_data', 'long_tail_counts', 'training_set', 'data_
 
 # %% ../../nbs/data/11_config.ipynb #2573a213
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -30,7 +31,7 @@ class DataConfig:
     val_per_class: int | None = None
 
     @classmethod
-    def of(cls, config: 'DataConfig', **changes) -> 'DataConfig':
+    def of(cls, config: 'DataConfig', **changes: Any) -> 'DataConfig':
         "These fields of another description (a trial, say), with changes."
         return cls(**{f.name: vars(config)[f.name] for f in fields(DataConfig)} | changes)
 

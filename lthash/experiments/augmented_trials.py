@@ -108,7 +108,7 @@ class AugmentedTrial(Trial):
         fields = {k: v for k, v in asdict(self).items() if k != 'plan'}
         return {**fields, 'plan': plan | {'synthetic': self.plan.synthetic.identity},
                 'fingerprint': shared_generator(self.plan.synthetic.generator)[1],
-                'code': [*self.code(), code_digest(synthetic_images, AugmentedTrial.fit)]}
+                'code': [*self.code(), code_digest(AugmentedTrial.pretrained)]}
 
     def fit(self, folder: Path) -> dict:
         "Draw, test, pretrain, train; an interrupted one resumes in the stage where it was."

@@ -138,7 +138,7 @@ class Trial(DataConfig, AbstractTrial):
         "Digests of the code that it uses."
         pretraining = [code_digest(pretrained_backbone)] if self.weights in PRETRAINING else []
         return [data_code(self.dataset), method_code(self.method), backbone_code(self.backbone),
-                code_digest(fit, encode, build_model), *pretraining]
+                code_digest(type(self).fit), *pretraining]
 
     def fit(self, folder: Path) -> dict:
         "Train on the training set; checkpoints, and resumes exactly."
