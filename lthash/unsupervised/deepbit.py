@@ -6,7 +6,6 @@
 __all__ = ['deepbit_loss', 'DeepBit']
 
 # %% ../../nbs/unsupervised/07_deepbit.ipynb #ea08f657
-import torch
 from torch import Tensor
 
 from .base import Batch, HeadMethod

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..core.runtime import derive_seed
 from .base import Batch, HeadMethod, mlp_head
-from .contrastive import nt_xent
 
 # %% ../../nbs/unsupervised/09_dsch.ipynb #43cd5b83
 def weighted_contrast(h: Tensor,                 # (n, bits)
