@@ -167,7 +167,8 @@ def groups_figure(rows: pd.DataFrame) -> Figure:    # of one data set and code l
     fig, axes = plt.subplots(1, len(names), figsize=(1 + 3.4*len(names), 3.6), sharey=True, squeeze=False)
     for axis, backbone in zip(axes[0], names):
         part = own[own.backbone == backbone]
-        sns.barplot(part, x='group', y='value', hue='setting', hue_order=[s for s in SETTINGS if s in set(part.setting)],
+        order = [s for s in SETTINGS if s in set(part.setting)]
+        sns.barplot(part, x='group', y='value', hue='setting', hue_order=order,
                     errorbar='sd', err_kws={'linewidth': 1.2, 'color': '0.2'}, ax=axis, legend=axis is axes[0, -1])
         axis.set(xlabel='classes', ylabel='mAP (%)', title=backbone)
     if axes[0, -1].get_legend():

@@ -20,13 +20,14 @@ from lthash.unsupervised.methods import METHODS as UNSUPERVISED
 SHORT = TrainConfig(samples=64, batch=32, lr=2e-3, augmentation='none')
 BASE = Trial(size=32, imbalance='natural', train_per_class=12, val_per_class=3, bits=16, recipe=SHORT)
 FEATURES = FeatureConfig(size=32, train_per_class=16, val_per_class=6, views=2, pretraining=640)
-PLAN, IMAGES = dict(pretrain=2, balance=4, personalized=('tail',), cas_samples=64), dict(scale=.003, shots=3, steps=2, batch=4)
+PLAN = dict(pretrain=2, balance=4, personalized=('tail',), cas_samples=64)
+IMAGES = dict(scale=.003, shots=3, steps=2, batch=4)
 
 EXISTING = [
     BASE, replace(BASE, method='CSQ', backbone='resnet20'), replace(BASE, method='DPN', backbone='vit-small'),
     replace(BASE, dataset='cifar10'), replace(BASE, weights='silk'),
     BaselineTrial.of(BASE, 'mixup'), BaselineTrial.of(BASE, 'SMOTE'),
-    AugmentedTrial.of(BASE, PLAN, method='attndreambooth', **IMAGES), AugmentedTrial.of(BASE, PLAN, method='prompt', **IMAGES),
+    *(AugmentedTrial.of(BASE, PLAN, method=m, **IMAGES) for m in ('attndreambooth', 'prompt')),
     *(UnsupervisedTrial(m, 16, 0, FEATURES, 2) for m in ('InfoNCE', 'BSCDH', 'TBH', 'ITQ')),
 ]
 
@@ -63,7 +64,8 @@ METHODS['agree'] = Agree
 PERSONALISATION = '''
 from lthash.diffusion.methods import METHODS, PersonalizationMethod, Stage
 
-METHODS['loom']['cross-attention only'] = PersonalizationMethod('cross-attention only', (Stage('cross-attention', 100, 1e-4),))
+STAGES = Stage('cross-attention', 100, 1e-4),
+METHODS['loom']['cross-attention only'] = PersonalizationMethod('cross-attention only', STAGES)
 '''
 DATASET = '''
 from dataclasses import replace
@@ -89,11 +91,12 @@ BACKBONES['tiny'] = Backbone(tiny, '4', 8, 32)
 '''
 ADDITIONS = {
     'my_loss': (LOSS, SUPERVISED, 'squared', lambda: replace(BASE, method='squared')),
-    'my_method': (UNSUPERVISED_METHOD, UNSUPERVISED, 'agree', lambda: UnsupervisedTrial('agree', 16, 0, FEATURES, 1, checks=1)),
+    'my_method': (UNSUPERVISED_METHOD, UNSUPERVISED, 'agree',
+                  lambda: UnsupervisedTrial('agree', 16, 0, FEATURES, 1, checks=1)),
     'my_personalisation': (PERSONALISATION, PERSONALIZATION['loom'], 'cross-attention only',
                            lambda: AugmentedTrial.of(BASE, PLAN, method='cross-attention only', **IMAGES)),
-    'my_dataset': (DATASET, DATASETS, 'upside-down', lambda: replace(BASE, dataset='upside-down', imbalance='exponential',
-                                                                      imbalance_factor=4.)),
+    'my_dataset': (DATASET, DATASETS, 'upside-down',
+                   lambda: replace(BASE, dataset='upside-down', imbalance='exponential', imbalance_factor=4.)),
     'my_backbone': (BACKBONE, BACKBONES, 'tiny', lambda: replace(BASE, backbone='tiny')),
 }
 

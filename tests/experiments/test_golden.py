@@ -32,9 +32,11 @@ def unsupervised(method, options=FEW, epochs=2):
 
 TRIALS = {
     'orthohash balanced': BASE,
-    'orthohash long-tail crop': replace(BASE, train_set='long-tail', recipe=replace(SHORT, augmentation='crop-flip'), seed=1),
+    'orthohash long-tail crop': replace(BASE, train_set='long-tail', seed=1,
+                                        recipe=replace(SHORT, augmentation='crop-flip')),
     'csq resnet20': replace(BASE, method='CSQ', backbone='resnet20', train_set='long-tail'),
-    'dpn vit-small bf16': replace(BASE, method='DPN', backbone='vit-small', recipe=replace(SHORT, precision='bfloat16')),
+    'dpn vit-small bf16': replace(BASE, method='DPN', backbone='vit-small',
+                                  recipe=replace(SHORT, precision='bfloat16')),
     'orthohash published sgd': replace(BASE, published='orthohash-as-published', imbalance='exponential', recipe=SGD,
                                        imbalance_factor=4., train_set='long-tail'),
     'pretrained on silk': replace(BASE, weights='silk', bits=24),
