@@ -44,7 +44,8 @@ def ablations(study: Study) -> dict[str, dict[str, list[Trial]]]:   # factor -> 
 
 def trials(profile: str) -> list[Trial]:
     "Every trial of this notebook at a profile."
-    return [t for study in studies(profile) for levels in ablations(study).values() for own in levels.values() for t in own]
+    return [t for study in studies(profile) for levels in ablations(study).values()
+            for own in levels.values() for t in own]
 
 # %% ../../nbs/papers/06_a6_ablations.ipynb #1ba0022e
 def saturation_figure(rows: pd.DataFrame,                     # of one data set

@@ -173,7 +173,7 @@ def test_an_assembled_sentence_is_found():
 
 def coined(text: str) -> list[str]:
     "Words that only this project used, with what the field says instead."
-    text = re.sub(r"derive_seed\('[^']*'", '', text)          # names of random streams stay, or every number would change
+    text = re.sub(r"derive_seed\('[^']*'", '', text)    # names of random streams stay as they are
     return [f'{m[0]!r} -> {better}' for pattern, better in COINED.items() for m in re.finditer(pattern, text)]
 
 
