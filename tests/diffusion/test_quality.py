@@ -166,7 +166,8 @@ def coloured(n, classes=5, seed=0, meaning=True):
     rng = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % classes
     hue = torch.linspace(30, 220, classes)[labels if meaning else torch.randint(0, classes, (n,), generator=rng)]
-    return (hue[:, None, None, None] + 12*torch.randn(n, 3, 16, 16, generator=rng)).clamp(0, 255).to(torch.uint8), labels
+    noise = 12*torch.randn(n, 3, 16, 16, generator=rng)
+    return (hue[:, None, None, None] + noise).clamp(0, 255).to(torch.uint8), labels
 
 def test_informative_images_pass_and_others_are_never_used_silently():
     real, y = coloured(100, seed=9)
