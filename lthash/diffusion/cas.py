@@ -203,7 +203,8 @@ class CASResult:
     def __str__(self):
         verdict = 'PASSED' if self.passed else 'NOT PASSED'
         return (f'{verdict}: CAS {100*self.accuracy:.1f} % on {self.tested} real images, from {self.images} synthetic '
-                f'ones of {self.classes} classes (threshold {100*self.threshold:.1f} %, chance {100/self.classes:.1f} %)')
+                f'ones of {self.classes} classes (threshold {100*self.threshold:.1f} %, '
+                f'chance {100/self.classes:.1f} %)')
 
 _ADVICE = ('They teach a network nothing that holds for real images: do not mix them in; personalise longer, '
            'use a better generator, or filter.')
@@ -215,9 +216,8 @@ def cas_test(results: dict | Sequence[dict],      # of `cas`, one or several (se
     "Images that fail are never used silently: `CASFailed` if `strict`, else a warning and a result that says so."
     found = as_list(results)
     limit = permutation_threshold(found) if threshold is None else threshold
-    accuracy, first = float(np.mean([r['accuracy'] for r in found])), found[0]
-    result = CASResult(accuracy > limit, accuracy, limit, len(first['classes']), first['images'], first['tested'],
-                       len(found))
+    accuracy, one = float(np.mean([r['accuracy'] for r in found])), found[0]
+    result = CASResult(accuracy > limit, accuracy, limit, len(one['classes']), one['images'], one['tested'], len(found))
     if not result.passed:
         text = f'{result}. {_ADVICE}'
         if strict:
