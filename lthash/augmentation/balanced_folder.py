@@ -19,12 +19,12 @@ from tqdm.auto import tqdm
 
 from .plan import label_counts, mix, pixel_digest, tested
 from ..core.runtime import digest, runs_dir, write_json
-from ..core.store import cached, code_digest, stage_folder
+from ..core.store import cached, stage_folder
 from ..data.base import TRAIN, VAL, ImageSet
 from ..data.datasets import load
 from ..diffusion.concepts import Concept, placeholder
 from ..diffusion.generate import category_prompt, concept_identity, export_folder, generate
-from ..diffusion.personalize import personalize
+from ..diffusion.personalize import personalization_code, personalize
 from ..diffusion.pipelines import EMBEDDED, image_size
 from ..diffusion.synthetic import SyntheticConfig, class_word, shared_generator
 
@@ -47,7 +47,7 @@ def representatives(labels: Tensor,      # int64 (n,) or multi-hot (n, classes)
 def _personalised(pipe: StableDiffusionPipeline, fingerprint: str, images: Tensor, word: str, source: SyntheticConfig,
                   c: int, progress: bool) -> Concept:
     config = dict(images=pixel_digest(images), word=word, recipe=asdict(source.recipe), number=c, seed=source.seed,
-                  fingerprint=fingerprint, code=code_digest(personalize))
+                  fingerprint=fingerprint, code=personalization_code(source.recipe))
 
     def compute(folder: Path) -> dict:
         made = personalize(pipe, images, word, source.recipe, placeholder(c), source.seed, folder/'concept', probes=1,

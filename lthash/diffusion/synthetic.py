@@ -23,7 +23,7 @@ from ..data.config import DataConfig, data_code, load_data, training_set
 from .concepts import Concept, placeholder
 from .generate import Prompt, as_image_set, category_prompt, concept_identity, generate, per_class
 from .methods import METHODS, PersonalizationMethod
-from .personalize import personalize
+from .personalize import personalization_code, personalize
 from .pipelines import image_size, load_pipeline, pipeline_fingerprint
 
 # %% ../../nbs/diffusion/06_synthetic.ipynb #cb44ec78
@@ -112,7 +112,7 @@ def class_concept(config: SyntheticConfig,
         return category_prompt(word)
     stage = dict(data=asdict(data_config), generator=config.generator, shots=config.shots, seed=config.seed, number=c,
                  word=word, recipe=asdict(config.recipe), fingerprint=fingerprint,
-                 code=[data_code(config.dataset), code_digest(few_shot_indices, personalize)])
+                 code=[data_code(config.dataset), code_digest(few_shot_indices), personalization_code(config.recipe)])
     def compute(folder: Path) -> dict:
         images = data.images[few_shot_indices(config, data)[c]]
         made = personalize(pipe, images, word, config.recipe, placeholder(c), config.seed, folder/'concept', probes=1,
