@@ -76,9 +76,12 @@ class _Closure:
     "Source of everything that has been reached, by module and name."
     def __init__(self):
         self.parts: dict[str, str] = {}
+        self.seen: set[int] = set()
 
     def follow(self, module: str, name: str) -> None:
         "Add a top-level definition of a module, and all that it names."
+        if module.endswith('core.store'):              # how results are stored decides none of them
+            return
         definitions, imported = _source(module)
         if name in imported and name not in definitions:
             self.follow(*imported[name])
@@ -136,28 +139,28 @@ class _Closure:
 
     def loose(self, value: type | FunctionType) -> None:
         "Add what has no module to read: the byte code, and the project's functions and classes that it names."
+        if id(value) in self.seen:
+            return
+        self.seen.add(id(value))
         if isinstance(value, type):
             for part in (*value.__bases__, *vars(value).values()):
                 if isinstance(part, (type, FunctionType)):
                     self.definition(part)
             return
         code = value.__code__
-        text = [code.co_code.hex(), [c for c in code.co_consts if not isinstance(c, CodeType)], code.co_names]
+        text = [code.co_code.hex(), [repr(c) for c in code.co_consts if not isinstance(c, CodeType)], code.co_names]
         self.parts[f'{value.__module__}.{value.__qualname__}.{digest(text)}'] = repr(text)
         for used in (value.__globals__.get(n) for n in code.co_names):
             if isinstance(used, (type, FunctionType)) and used is not value:
                 self.definition(used)
 
-@functools.cache
 def _is_library(module: str) -> bool:
     "Is this an installed library, whose version is reported with every number?"
     if module == '__main__' or module.split('.')[0] == 'lthash':
         return False
-    spec = importlib.util.find_spec(module.split('.')[0])
-    origin = spec.origin if spec else None
-    if origin is None or origin == 'built-in':
-        return True
-    return 'site-packages' in origin or origin.startswith((sys.prefix, sys.base_prefix))
+    loaded = sys.modules.get(module)
+    file = loaded.__dict__.get('__file__') if loaded else None
+    return file is None or 'site-packages' in file or file.startswith((sys.prefix, sys.base_prefix))
 
 def code_digest(*objects: Any) -> str:
     """Digest of functions, classes, dataclass instances and plain values, with all of the project's code that they use.
