@@ -36,7 +36,7 @@ from lthash.diffusion.cas import (
     test_classifier,
 )
 from ..diffusion.generate import concept_identity, generate
-from ..diffusion.pipelines import EMBEDDED, image_size, sample
+from ..diffusion.pipelines import image_size, sample
 from ..diffusion.quality import agreement, diversity, kid
 from lthash.diffusion.synthetic import (
     SyntheticConfig,
@@ -46,7 +46,6 @@ from lthash.diffusion.synthetic import (
     synthetic_set,
 )
 from ..experiments.tables import IMAGE_SETS
-from ..experiments.trials import provenance
 from ..models.backbones import backbone_entry
 from ..models.training import predict
 from ..supervised.methods import method_code

@@ -12,9 +12,9 @@ from lthash.augmentation.plan import mix
 from lthash.core.runtime import runs_dir
 from lthash.data.base import TRAIN, VAL, ImageSet
 from lthash.data.datasets import load
+from lthash.diffusion.base_model import BaseRecipe, build_pipeline
 from lthash.diffusion.pipelines import pipeline_fingerprint, prepare
 from lthash.diffusion.synthetic import SyntheticConfig
-from lthash.diffusion.textile_model import BaseRecipe, build
 
 QUICK = dict(method='textual inversion', scale=.003, shots=3, steps=2)
 OPTIONS = dict(**QUICK, cas_samples=64, category='fabric', progress=False)
@@ -24,7 +24,7 @@ OPTIONS = dict(**QUICK, cas_samples=64, category='fabric', progress=False)
 def pipe():
     "A generator with random weights that draws something in milliseconds."
     tiny = BaseRecipe(size=32, vae_width=16, widths=(16, 32, 32, 32), text_width=32)
-    pipe = prepare(build(tiny, ['a photo of a floral fabric']))
+    pipe = prepare(build_pipeline(tiny, ['a photo of a floral fabric']))
     pipe.scheduler.register_to_config(prediction_type='sample')
     return pipe
 

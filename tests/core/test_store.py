@@ -171,7 +171,6 @@ def test_lambdas_and_functions_of_a_notebook_count_by_their_source():
     assert code_digest(cells[0]['f']) == code_digest(cells[0]['f']) != code_digest(cells[1]['f'])
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason='inspect does not find the source of classes of a notebook')
 def test_classes_of_a_notebook_count_by_their_source():
     cells = [cell(f'class A:\n    def f(self, x):\n        return x + {n}\n', n) for n in (1, 2)]
     assert code_digest(cells[0]['A']) == code_digest(cells[0]['A']) != code_digest(cells[1]['A'])

@@ -12,9 +12,9 @@ from lthash.core.runtime import digest
 from lthash.data.config import load_data, training_set
 from lthash.data.longtail import class_groups
 from lthash.diffusion import synthetic
+from lthash.diffusion.base_model import BaseRecipe, build_pipeline
 from lthash.diffusion.cas import CASFailed, SmallCNN
 from lthash.diffusion.pipelines import pipeline_fingerprint, prepare
-from lthash.diffusion.textile_model import BaseRecipe, build
 from lthash.experiments import augmented_trials
 from lthash.experiments.augmented_trials import AugmentedTrial, fit_stage, synthetic_images
 from lthash.experiments.trials import GROUPS, PROTOCOLS, Trial, run, run_trials
@@ -32,7 +32,7 @@ SMALL = dict(pretrain=2, balance=4, cas_samples=64, personalized=('tail',))
 def pipe():
     "A generator with random weights that draws something in milliseconds."
     tiny = BaseRecipe(size=32, vae_width=16, widths=(16, 32, 32, 32), text_width=32)
-    pipe = prepare(build(tiny, ['a photo of a floral fabric']))
+    pipe = prepare(build_pipeline(tiny, ['a photo of a floral fabric']))
     pipe.scheduler.register_to_config(prediction_type='sample')
     return pipe
 
