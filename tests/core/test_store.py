@@ -91,7 +91,6 @@ def toy(tmp_path, monkeypatch):
     for name in [m for m in sys.modules if m.split('.')[0] == 'toy']:
         del sys.modules[name]
     store._source.cache_clear()
-    store._is_library.cache_clear()
 
 
 def changes(toy, objects, module: str, before: str, after: str) -> bool:
